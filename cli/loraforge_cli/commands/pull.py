@@ -1,0 +1,30 @@
+"""``loraforge pull``: a stored adapter as a plain directory."""
+
+from pathlib import Path
+
+import click
+
+from loraforge_cli.describe import describe
+from loraforge_cli.options import SOURCE, Session, common, refuse_url
+from loraforge_cli.output import emit
+from loraforge_cli.summary import line
+
+
+@click.command("pull")
+@click.argument("name", type=SOURCE)
+@click.option("--to", "target", metavar="DIR", required=True, help="The directory to make.")
+@common
+def command(session: Session, *, name: str, target: str) -> None:
+    """Write a stored adapter as a directory that PEFT loads, every byte checked.
+
+    DIR must be new, empty, or hold this adapter already.
+    """
+    refuse_url(name)
+    store = session.store()
+    digest = store.resolve(name)
+    store.export(digest, Path(target).expanduser())
+    described = describe(store, digest)
+    if session.as_json:
+        emit({**described.as_json(), "directory": target})
+    else:
+        click.echo(f"{target}  {line(described)}")

@@ -1,0 +1,55 @@
+"""``loraforge push``: a PEFT directory into the store."""
+
+import re
+from pathlib import Path
+
+import click
+from loraforge_registry.errors import ReferenceSyntaxError
+from loraforge_registry.ingest import find_adapter, open_adapter
+from loraforge_registry.names import RefName
+
+from loraforge_cli.describe import describe
+from loraforge_cli.options import SOURCE, Session, common, is_path, refuse_url
+from loraforge_cli.output import emit, note
+from loraforge_cli.summary import line
+
+
+@click.command("push")
+@click.argument("source", type=SOURCE)
+@click.argument("name", metavar="[NAME[:TAG]]", required=False)
+@click.option("--force", is_flag=True, help="Move a tag that means another adapter.")
+@common
+def command(session: Session, *, source: str, name: str | None, force: bool) -> None:
+    """Store an adapter, and name it NAME:TAG (tag: latest).
+
+    SOURCE is a PEFT directory, or a safetensors file with its adapter_config.json beside it; both are kept byte for
+    byte. Without NAME the directory's name is taken. The tag latest moves with every push; others stay.
+    """
+    refuse_url(source)
+    store = session.store()
+    ref = _name(source) if name is None else RefName.parse(name)
+    if not is_path(source):
+        digest = store.resolve(source)
+        store.tag(digest, ref, force=force, what="push")
+    else:
+        path = Path(source).expanduser()
+        with open_adapter(path) as incoming:
+            digest = store.put(incoming, name=ref, force=force).digest
+        left_out = find_adapter(path).left_out
+        if left_out:
+            note(f"left out (no part of an adapter): {', '.join(left_out[:8])}", quiet=session.quiet)
+    described = describe(store, digest, ref)
+    if session.as_json:
+        emit(described.as_json())
+    else:
+        click.echo(line(described))
+
+
+def _name(source: str) -> RefName:
+    """Make a name of a directory's."""
+    path = Path(source).expanduser().resolve()
+    stem = path.name if path.is_dir() else path.parent.name
+    try:
+        return RefName(re.sub(r"[^a-z0-9._-]+", "-", stem.lower()))
+    except ReferenceSyntaxError as error:
+        raise click.UsageError(f"{stem!r} cannot be a name; give one: loraforge push {source} NAME[:TAG]") from error

@@ -1,0 +1,77 @@
+"""``loraforge show``: everything about one adapter."""
+
+from pathlib import Path
+
+import click
+from loraforge_registry.ingest import examine, open_adapter
+from loraforge_registry.names import Reference
+
+from loraforge_cli.describe import Described, describe
+from loraforge_cli.lineage import names_by_digest, tree
+from loraforge_cli.options import SOURCE, Session, common, is_path, refuse_url
+from loraforge_cli.output import by_layer, count, emit, facts, size, spread, table
+
+
+@click.command("show")
+@click.argument("source", type=SOURCE)
+@click.option("--all", "every", is_flag=True, help="One line a target, not one for all layers.")
+@common
+def command(session: Session, *, source: str, every: bool) -> None:
+    """Show rank, targets, base, errors, lineage, digests and size of an adapter.
+
+    SOURCE is a name or digest in the store, or a PEFT directory.
+    """
+    refuse_url(source)
+    store = session.store()
+    if is_path(source):
+        with open_adapter(Path(source).expanduser()) as incoming:
+            described = Described(None, *examine(incoming))
+    else:
+        described = describe(store, store.resolve(source), Reference.parse(source).ref)
+    if session.as_json:
+        emit(described.as_json())
+        return
+    click.echo(_facts(described))
+    if described.manifest.derivation is not None:
+        click.echo("\nLineage\n" + "\n".join(tree(store, described, names_by_digest(store))))
+    click.echo("\n" + _targets(described, every=every))
+
+
+def _facts(described: Described) -> str:
+    manifest, report = described.manifest, described.manifest.report or {}
+    settings = described.layout.settings
+    error = report.get("error")
+    revision = f" at {manifest.base_revision}" if manifest.base_revision else ""
+    return facts(
+        {
+            "name": str(described.ref) if described.ref else None,
+            "digest": None if described.digest is None else str(described.digest),
+            "content id": str(manifest.content_id),
+            "base": f"{manifest.base_name or 'not named'}{revision}",
+            "rank": f"{spread(described.ranks)} on {len(described.ranks)} targets",
+            "error": f"{error:.3g} of |dW|, from the re-rank" if isinstance(error, float) else None,
+            "size": f"{count(manifest.parameters)} parameters, {size(manifest.size)}",
+            "saved": ", ".join(described.layout.extras[:4]) + (" ..." if len(described.layout.extras) > 4 else ""),
+            "bias": None if settings.bias == "none" else settings.bias,
+        }
+    )
+
+
+def _targets(described: Described, *, every: bool) -> str:
+    targets, errors = described.layout.targets, described.errors
+    groups = {name: [name] for name in targets} if every else by_layer(targets)
+    header = ["TARGET", "N>", "KIND", "RANK>", "ALPHA>", "SHAPE>", *(["ERROR>"] if errors else [])]
+    rows = []
+    for label, names in groups.items():
+        found = [targets[name] for name in names]
+        shapes = sorted({"x".join(map(str, target.shape)) for target in found})
+        row = [
+            label,
+            str(len(names)),
+            found[0].kind,
+            spread(target.rank for target in found),
+            spread(target.alpha for target in found),
+            shapes[0] if len(shapes) == 1 else "various",
+        ]
+        rows.append(row + ([spread(errors.get(name, 0.0) for name in names)] if errors else []))
+    return table(header, rows)

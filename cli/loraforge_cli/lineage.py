@@ -1,0 +1,63 @@
+"""Where an adapter came from, drawn as a tree."""
+
+from collections.abc import Iterator, Mapping
+
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import LoraforgeError
+from loraforge_registry.manifest import Artifact, Derivation, Input
+from loraforge_registry.store import Store
+
+from loraforge_cli.describe import Described
+from loraforge_cli.output import one_line
+
+Names = Mapping[Digest, str]
+
+
+def names_by_digest(store: Store) -> dict[Digest, str]:
+    """Return one name for each artifact that has one."""
+    return {line.digest: str(line.ref) for line in reversed(store.ls()) if line.digest is not None}
+
+
+def tree(store: Store, described: Described, names: Names) -> Iterator[str]:
+    """Yield the lines of a lineage, the adapter first."""
+    derivation = described.manifest.derivation
+    label = str(described.ref) if described.ref else _label(described.digest, names)
+    yield one_line(f"{label}{_operation(derivation)}")
+    if derivation is not None:
+        yield from _branches(store, derivation, names, "")
+
+
+def _branches(store: Store, derivation: Derivation, names: Names, indent: str) -> Iterator[str]:
+    for position, item in enumerate(derivation.inputs):
+        last = position == len(derivation.inputs) - 1
+        text, below = _source(store, item, names)
+        weight = f"{item.weight:g} x " if len(derivation.inputs) > 1 or item.weight != 1 else ""
+        yield one_line(f"{indent}{'└─ ' if last else '├─ '}{weight}{text}{_operation(below)}")
+        if below is not None:
+            yield from _branches(store, below, names, indent + ("   " if last else "│  "))
+
+
+def _source(store: Store, item: Input, names: Names) -> tuple[str, Derivation | None]:
+    if isinstance(item.source, Derivation):
+        return "(not stored)", item.source
+    if not isinstance(item.source, Artifact):
+        return f"content {item.source.short}, in no store", None
+    try:
+        below = store.manifest(item.source.digest).derivation
+    except LoraforgeError:
+        return f"sha256:{item.source.digest.short} (not here)", None
+    return _label(item.source.digest, names), below
+
+
+def _label(digest: Digest | None, names: Names) -> str:
+    if digest is None:
+        return "(a directory)"
+    name = names.get(digest)
+    return f"{name}  sha256:{digest.short}" if name else f"sha256:{digest.short}"
+
+
+def _operation(derivation: Derivation | None) -> str:
+    if derivation is None:
+        return ""
+    parameters = ", ".join(f"{key} {value!r}" for key, value in sorted(derivation.parameters.items()))
+    return f"  <- {derivation.operation}{f' ({parameters})' if parameters else ''}"

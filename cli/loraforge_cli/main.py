@@ -1,0 +1,127 @@
+"""``loraforge``: the table of commands, and where an error becomes one line and an exit code."""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import NoReturn
+
+import click
+from loraforge_registry.errors import LoraforgeError
+
+from loraforge_cli.output import one_line
+
+# name: (module, summary). --help reads this table and imports no command.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "push": ("push", "Store an adapter, and name it."),
+    "pull": ("pull", "Write a stored adapter as a directory that PEFT loads."),
+    "ls": ("ls", "List names, with what they mean."),
+    "show": ("show", "Everything about one adapter."),
+    "log": ("log", "Where an adapter came from."),
+    "diff": ("diff", "How two adapters differ, by what they compute."),
+    "tag": ("tag", "Give an adapter another name."),
+    "rm": ("rm", "Take a name away."),
+    "du": ("du", "How much the store holds, and how much of it is needed."),
+    "compose": ("compose", "Combine adapters into one, exactly."),
+    "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
+    "demo": ("demo", "See it all work, offline, in a minute."),
+}
+
+EXIT_CODES: Mapping[str, int] = {
+    "bad_format": 2,
+    "bad_reference": 2,
+    "cannot_compose": 2,
+    "not_finite": 2,
+    "usage": 2,
+    "not_found": 3,
+    "conflict": 4,
+    "io": 5,
+    "bad_store": 5,
+}
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"loraforge_cli.commands.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as above
+        """Write the help from the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Say which command may have been meant."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"there is no command {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--store", metavar="DIR", help="The store (LORAFORGE_STORE, else the platform's data directory).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only what was asked for.")
+@click.version_option(package_name="loraforge", message="loraforge %(version)s")
+@click.pass_context
+def cli(ctx: click.Context, store: str | None, *, as_json: bool, quiet: bool) -> None:
+    """Git and docker for LoRA adapters, with exact linear algebra.
+
+    SOURCE is a PEFT directory or file (it contains a / or exists), NAME[:TAG], NAME@sha256:HEX, or sha256:HEX.
+    """
+    ctx.obj = {"store": store, "as_json": as_json, "quiet": quiet}
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        _fail("interrupted", "interrupted", 130)
+    except click.ClickException as error:
+        _fail("usage", error.format_message(), 2)
+    except LoraforgeError as error:
+        _fail(error.kind, _text(error), EXIT_CODES[error.kind])
+    except BrokenPipeError:
+        # the reader (head, less) has gone: no error, and nothing more to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        _fail("io", f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 5)
+    except MemoryError:
+        _fail("memory", "out of memory", 5)
+    except ModuleNotFoundError as error:
+        _fail("missing_extra", f"{error.name} is not installed", 2)
+    sys.exit(0)
+
+
+def _fail(kind: str, message: str, code: int) -> NoReturn:
+    message = one_line(message)
+    if "--json" in sys.argv[1:]:
+        click.echo(json.dumps({"error": {"kind": kind, "message": message}}))
+    else:
+        click.echo(f"loraforge: {message}", err=True)
+    sys.exit(code)
+
+
+def _text(error: LoraforgeError) -> str:
+    """The sentence; an OSError's str() would put its number in front."""
+    return str(error.args[-1]) if error.args else error.kind

@@ -1,0 +1,81 @@
+"""What every command takes, and what a source is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+from click.shell_completion import CompletionItem
+from loraforge_registry.errors import LoraforgeError
+from loraforge_registry.store import Store
+
+
+@dataclass(frozen=True)
+class Session:
+    """The global options of one run."""
+
+    store_path: str | None
+    as_json: bool
+    quiet: bool
+
+    def store(self) -> Store:
+        """Open the store."""
+        return Store(self.store_path)
+
+
+class SourceType(click.ParamType[str]):
+    """A path or a reference; completes names from the store, then files."""
+
+    name = "source"
+
+    def shell_complete(
+        self,
+        ctx: click.Context,
+        param: click.Parameter,  # noqa: ARG002 - click's signature
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Offer the store's names, and let the shell add paths."""
+        try:
+            names = [str(line.ref) for line in Store((ctx.find_root().params or {}).get("store")).ls()]
+        except (LoraforgeError, OSError):
+            names = []
+        found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return found or [CompletionItem(incomplete, type="file")]
+
+
+SOURCE = SourceType()
+
+
+def common(function: Callable[..., object]) -> Callable[..., object]:
+    """Let --store, --json and -q stand behind the command, too, and pass a ``Session``."""
+    import functools
+
+    @functools.wraps(function)
+    def run(*, store: str | None, as_json: bool, quiet: bool, **arguments: object) -> object:
+        given = click.get_current_context().obj or {}
+        session = Session(
+            store_path=store or given.get("store"),
+            as_json=as_json or bool(given.get("as_json")),
+            quiet=quiet or bool(given.get("quiet")),
+        )
+        return function(session, **arguments)
+
+    for option in (
+        click.option("--store", metavar="DIR", help="The store to use."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."),
+        click.option("-q", "--quiet", is_flag=True, help="Print only what was asked for."),
+    ):
+        run = option(run)
+    return run
+
+
+def is_path(source: str) -> bool:
+    """Whether a source means a path: it contains a slash, or exists."""
+    from pathlib import Path
+
+    return "/" in source or source in (".", "..") or Path(source).exists()
+
+
+def refuse_url(text: str) -> None:
+    """Refuse a URL: this version has no remotes."""
+    if "://" in text:
+        raise click.UsageError(f"{text}: this version has no remotes; name a directory, or an adapter in the store")

@@ -1,0 +1,92 @@
+"""Sources as adapters in memory: only commands that compute import this, and torch with it."""
+
+import click
+from loraforge_registry.digest import Digest
+from loraforge_registry.manifest import Artifact
+from loraforge_registry.names import RefName
+
+from loraforge.adapter import Adapter
+from loraforge.compose import RerankReport
+from loraforge.formats import peft
+from loraforge.registry import Registry
+from loraforge_cli.describe import Described, describe
+from loraforge_cli.options import Session, is_path
+from loraforge_cli.output import by_layer, count, emit, size, spread, table
+from loraforge_cli.summary import line
+
+
+def open_source(session: Session, source: str) -> Adapter:
+    """Open a directory, or an adapter in the store."""
+    return peft.load(source) if is_path(source) else Registry(session.store_path).load(source)
+
+
+def store_result(
+    session: Session, adapter: Adapter, sources: list[str], ref: RefName, report: RerankReport | None, *, force: bool
+) -> Described:
+    """Store a derived adapter, and the directories it was made from: a lineage that points at nothing is none."""
+    registry = Registry(session.store_path)
+    stored: dict[Digest, Artifact] = {}
+    for source in sources:
+        if is_path(source):
+            digest = registry.push(source)
+            found = Artifact(digest, registry.store.manifest(digest).content_id)
+            stored[found.content_id] = found
+    derivation = adapter.derivation and adapter.derivation.located(stored)
+    record = None if report is None else report.as_record()
+    digest = registry.store.put(
+        peft.encode(adapter), derivation=derivation, report=record, name=ref, force=force
+    ).digest
+    return describe(registry.store, digest, ref)
+
+
+def print_result(session: Session, described: Described, report: RerankReport | None) -> None:
+    """Print what was made, and what the re-rank cost."""
+    if session.as_json:
+        emit(described.as_json())
+        return
+    click.echo(line(described))
+    if report is not None and not session.quiet:
+        click.echo("\n" + error_table(report))
+
+
+def print_plan(session: Session, adapter: Adapter, report: RerankReport | None) -> None:
+    """Print what would be made: ranks, size, error."""
+    ranks = [pair.rank for pair in adapter.targets.values()]
+    size_bytes = sum(
+        tensor.numel() * tensor.itemsize for pair in adapter.targets.values() for tensor in (pair.a, pair.b)
+    )
+    if session.as_json:
+        record = None if report is None else report.as_record()
+        emit(
+            {
+                "dry_run": True,
+                "rank": max(ranks),
+                "parameters": adapter.parameters,
+                "size": size_bytes,
+                "report": record,
+            }
+        )
+        return
+    click.echo(
+        f"would make: rank {spread(ranks)}, {len(ranks)} targets, {count(adapter.parameters)} parameters, "
+        f"{size(size_bytes)}"
+    )
+    if report is not None:
+        click.echo("\n" + error_table(report))
+
+
+def error_table(report: RerankReport) -> str:
+    """The relative error by target, one line for all layers of a kind."""
+    rows = []
+    for label, names in by_layer(report.targets).items():
+        found = [report.targets[name] for name in names]
+        rows.append(
+            [
+                label,
+                str(len(names)),
+                f"{spread(t.rank_before for t in found)} -> {spread(t.rank for t in found)}",
+                spread(t.error for t in found),
+            ]
+        )
+    overall = ["all", str(len(report.targets)), "", f"{report.error:.3g}"]
+    return table(["TARGET", "N>", "RANK", "ERROR>"], [*rows, overall])

@@ -1,0 +1,72 @@
+"""git and docker for LoRA adapters, with exact linear algebra.
+
+    import loraforge as lf
+
+    blend = lf.linear([(lf.load("french:v1"), 0.7), (lf.load("./law"), 0.3)])
+    small = lf.rerank(blend, rank=16)
+    small.report.error                          # |dW - dW_16| / |dW| over all targets
+    lf.save(small.adapter, "out/")              # a directory PEFT loads
+    lf.Registry().push(small.adapter, "blend:v1")
+
+Importing this package imports neither torch nor anything else that is slow; names arrive when they are used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from loraforge_registry.errors import LoraforgeError
+
+if TYPE_CHECKING:
+    from loraforge.adapter import Adapter, BaseModel, LowRank, content_id
+    from loraforge.compose import METHODS, Reranked, RerankReport, TargetReport, linear, rerank, stack
+    from loraforge.formats.peft import save
+    from loraforge.registry import Registry, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "loraforge.adapter",
+    "BaseModel": "loraforge.adapter",
+    "LowRank": "loraforge.adapter",
+    "METHODS": "loraforge.compose",
+    "Registry": "loraforge.registry",
+    "RerankReport": "loraforge.compose",
+    "Reranked": "loraforge.compose",
+    "TargetReport": "loraforge.compose",
+    "content_id": "loraforge.adapter",
+    "linear": "loraforge.compose",
+    "load": "loraforge.registry",
+    "rerank": "loraforge.compose",
+    "save": "loraforge.formats.peft",
+    "stack": "loraforge.compose",
+}
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "BaseModel",
+    "LoraforgeError",
+    "LowRank",
+    "Registry",
+    "RerankReport",
+    "Reranked",
+    "TargetReport",
+    "__version__",
+    "content_id",
+    "linear",
+    "load",
+    "rerank",
+    "save",
+    "stack",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name's module when the name is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,34 @@
+"""Who an adapter is: the artifact it came from, the way it was made, or what it computes."""
+
+from blake3 import blake3
+from loraforge_registry import layout
+from loraforge_registry.digest import Digest
+from loraforge_registry.header import TensorEntry
+from loraforge_registry.manifest import Artifact, Derivation
+
+from loraforge.adapter.model import Adapter
+from loraforge.adapter.tensors import dtype_name, named_tensors, raw_bytes
+
+
+def content_id(adapter: Adapter) -> Digest:
+    """Return the digest of what ``adapter`` computes: that of its manifest, were it stored.
+
+    Cost: reads every tensor once (BLAKE3).
+    """
+    targets = {
+        name: layout.Target(pair.kind, pair.rank, pair.alpha, pair.rslora, pair.shape, pair.groups, {})
+        for name, pair in adapter.targets.items()
+    }
+    tensors = [
+        (
+            TensorEntry(key, dtype_name(tensor), tuple(tensor.shape), 0, 0),
+            Digest.from_raw("blake3", blake3(raw_bytes(tensor)).digest()),
+        )
+        for key, tensor in named_tensors(adapter).items()
+    ]
+    return layout.content_id(layout.Layout(targets, tuple(adapter.extras), adapter.settings), tensors)
+
+
+def identity(adapter: Adapter) -> Artifact | Derivation | Digest:
+    """Return what a derivation records about an input: its artifact, else how it was made, else its content id."""
+    return adapter.origin or adapter.derivation or content_id(adapter)

@@ -1,0 +1,133 @@
+r"""Linear algebra on factors: a matrix ``D = B @ A`` is handled without ever being formed.
+
+Letters, as in Hu et al. (arXiv:2106.09685): ``a`` (r, n) and ``b`` (m, r), so that ``b @ a`` is (m, n); R is the rank
+of a stack, the sum of the ranks in it. Everything here is a pure function of tensors; the work is done in float64 on
+the device of the inputs (on the CPU where that device has no float64), and returned in float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The singular value decomposition of ``b @ a``, its bases still inside their QR factors.
+
+    ``s`` (p) descends, p = min(m, n, R). ``u_core`` (pb, p) and ``v_core`` (pa, p) are the singular vectors in the
+    coordinates of the two orthonormal bases, which are kept as LAPACK leaves them (``geqrf``).
+    """
+
+    s: Tensor
+    u_core: Tensor
+    v_core: Tensor
+    _b_qr: tuple[Tensor, Tensor]
+    _a_qr: tuple[Tensor, Tensor]
+
+    def left(self, count: int) -> Tensor:
+        """The first ``count`` left singular vectors: (m, count)."""
+        return _expand(self._b_qr, self.u_core[:, :count])
+
+    def right(self, count: int) -> Tensor:
+        """The first ``count`` right singular vectors: (n, count)."""
+        return _expand(self._a_qr, self.v_core[:, :count])
+
+
+def decompose(a: Tensor, b: Tensor) -> Factored:
+    r"""Return the SVD of ``b @ a`` from its factors.
+
+    Equation: ``B = Q_B R_B``, ``A^T = Q_A R_A``, ``R_B R_A^T = U S V^T``; then
+    ``B A = (Q_B U) S (Q_A V)^T``. Signs are fixed so that the largest entry of each column of U is positive (the
+    first of equals), which makes the result a function of the product alone where singular values are distinct.
+
+    Shapes: a (R, n), b (m, R).
+    Numerics: Householder QR and SVD in float64; singular values are right to about 1e-15 of ``|b| |a|``.
+    Cost: O((m + n) R^2 + R^3) operations, O((m + n) R) numbers; the (m, n) product is never formed.
+    """
+    a, b = _work(a), _work(b)
+    b_qr = _qr(b)
+    a_qr = _qr(a.T)
+    core = _r_factor(b_qr) @ _r_factor(a_qr).T  # (min(m, R), min(n, R))
+    # the core is small: on the CPU whatever the device, where LAPACK neither waits for a queue nor gives up
+    u, s, vh = torch.linalg.svd(core.cpu(), full_matrices=False)
+    signs = _signs(u)
+    u_core, v_core = (u * signs).to(b.device), (vh.T * signs).to(a.device)
+    return Factored(s, u_core, v_core, b_qr, a_qr)
+
+
+def truncate(found: Factored, rank: int) -> tuple[Tensor, Tensor]:
+    r"""Return the best factors of ``rank``: ``A' = S_k^(1/2) V_k^T`` and ``B' = U_k S_k^(1/2)``.
+
+    Equation: Eckart and Young (1936): no matrix of that rank is nearer in the Frobenius or the spectral norm. The
+    singular values are split evenly, which keeps both factors in the range of 16-bit floats.
+
+    Shapes: -> (rank, n), (m, rank).
+    """
+    root = found.s[:rank].sqrt()
+    return (found.right(rank) * root.to(found.v_core.device)).T, found.left(rank) * root.to(found.u_core.device)
+
+
+def tail_error(s: Tensor, rank: int) -> float:
+    """Return the Frobenius norm of what a truncation to ``rank`` drops: ``sqrt(sum_{i > rank} s_i^2)``."""
+    return float(s[rank:].square().sum().sqrt())
+
+
+def numerical_rank(s: Tensor, scale: float) -> int:
+    """Count the singular values above rounding: those over ``1e-13 * scale``, scale being ``|b| |a|``."""
+    return int((s > 1e-13 * scale).sum())
+
+
+def rank_for_energy(s: Tensor, share: float) -> int:
+    """Return the smallest rank whose singular values hold ``share`` of ``sum s_i^2``; 0 for a zero matrix."""
+    energy = s.square().cumsum(0)
+    if not len(s) or energy[-1] == 0:
+        return 0
+    # a hair below the share: the cumulated sum may miss its own total by one rounding
+    return int((energy < share * energy[-1] * (1 - 1e-15)).sum()) + 1
+
+
+def inner(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> float:
+    r"""Return the Frobenius inner product ``<b1 @ a1, b2 @ a2> = tr((b1^T b2)(a2 a1^T))``.
+
+    Cost: O((m + n) r1 r2).
+    """
+    a1, b1, a2, b2 = _work(a1), _work(b1), _work(a2), _work(b2)
+    return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
+
+
+def norm(a: Tensor, b: Tensor) -> float:
+    """Return the Frobenius norm of ``b @ a``: that of ``R_B R_A^T``, with no cancellation."""
+    return float(torch.linalg.matrix_norm(_r_factor(_qr(_work(b))) @ _r_factor(_qr(_work(a).T)).T))
+
+
+def _work(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "mps":  # has no float64
+        tensor = tensor.cpu()
+    return tensor.detach().to(torch.float64)
+
+
+def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Householder QR, Q left as reflectors: forming it would cost as much again, and only k columns are wanted."""
+    reflectors, tau = torch.geqrf(matrix)
+    return reflectors, tau
+
+
+def _r_factor(qr: tuple[Tensor, Tensor]) -> Tensor:
+    reflectors, _ = qr
+    return reflectors[: min(reflectors.shape)].triu()
+
+
+def _expand(qr: tuple[Tensor, Tensor], core: Tensor) -> Tensor:
+    """Return ``Q @ core`` for a core of min(rows, columns) rows."""
+    reflectors, tau = qr
+    padded = core.new_zeros(reflectors.shape[0], core.shape[1])
+    padded[: core.shape[0]] = core
+    return torch.ormqr(reflectors, tau, padded)
+
+
+def _signs(u: Tensor) -> Tensor:
+    if not u.shape[1]:
+        return u.new_ones(0)
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0)

@@ -1,0 +1,129 @@
+"""Adapters in and out of a store: where the algebra meets the registry."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from loraforge_registry.canonical import Value
+from loraforge_registry.config import MAX_BYTES
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import StoreError
+from loraforge_registry.header import Header, read_header
+from loraforge_registry.ingest import TensorHasher, open_adapter
+from loraforge_registry.manifest import CONFIG_FILE, Artifact, Manifest
+from loraforge_registry.names import RefName
+from loraforge_registry.objects import read_chunks
+from loraforge_registry.store import Named, Store
+
+from loraforge.adapter import Adapter
+from loraforge.formats import peft
+
+Source = str | os.PathLike[str]
+
+
+class Registry:
+    """A content-addressed store of adapters on this machine.
+
+    ``path`` is the store's directory; without it ``LORAFORGE_STORE``, else the platform's data directory. It is made at
+    the first push.
+
+    Raises:
+        StoreError: the directory is something else than a store, or of a newer format.
+    """
+
+    def __init__(self, path: Source | None = None) -> None:
+        self.store = Store(path)
+
+    def push(
+        self,
+        source: Adapter | Source,
+        name: str | None = None,
+        *,
+        report: Mapping[str, Value] | None = None,
+        force: bool = False,
+    ) -> Digest:
+        """Store an adapter and return its artifact digest; with ``name`` (``name[:tag]``), name it so.
+
+        A PEFT directory is kept byte for byte; an adapter in memory is written in canonical form, with how it was
+        derived. Pushing the same again changes nothing. The tag ``latest`` moves, others only with ``force``.
+
+        Raises:
+            FormatError: the files are refused; nothing is stored.
+            ConflictError: the tag means another artifact already.
+        """
+        ref = None if name is None else RefName.parse(name)
+        if isinstance(source, Adapter):
+            incoming = peft.encode(source)
+            found = self.store.put(incoming, derivation=source.derivation, report=report, name=ref, force=force)
+            return found.digest
+        with open_adapter(Path(source).expanduser()) as incoming:
+            return self.store.put(incoming, name=ref, force=force).digest
+
+    def load(self, reference: str, *, verify: bool = True) -> Adapter:
+        """Open a stored adapter by ``name[:tag]``, ``name@sha256:<hex>`` or ``sha256:<prefix>``.
+
+        Cost: with ``verify`` every tensor is read and hashed once (BLAKE3, gigabytes a second); without, only the
+        header is read and damage to the store would go unseen.
+
+        Raises:
+            NotFoundError: nothing has this reference.
+            StoreError: what is stored is damaged.
+        """
+        digest = self.store.resolve(reference)
+        manifest = self.store.manifest(digest)
+        config = self.store.read_file(manifest.file(CONFIG_FILE), MAX_BYTES)
+        with self.store.open_weights(manifest) as fd:
+            header = read_header(fd)
+            if verify:
+                _verify(fd, header, manifest)
+            adapter = peft.read(fd, header, config)
+        return replace(adapter, origin=Artifact(digest, manifest.content_id), derivation=manifest.derivation)
+
+    def pull(self, reference: str, to: Source) -> None:
+        """Write a stored adapter as a PEFT directory, every byte checked.
+
+        Raises:
+            NotFoundError: nothing has this reference.
+            ConflictError: ``to`` exists with other contents.
+        """
+        self.store.export(self.store.resolve(reference), Path(to).expanduser())
+
+    def ls(self) -> list[Named]:
+        """Return every name with a line about its artifact, sorted."""
+        return self.store.ls()
+
+    def tag(self, reference: str, name: str, *, force: bool = False) -> None:
+        """Give an artifact another name."""
+        self.store.tag(self.store.resolve(reference), RefName.parse(name), force=force)
+
+    def remove(self, name: str) -> None:
+        """Take a name away; the bytes stay until they are collected."""
+        self.store.remove(RefName.parse(name))
+
+
+def load(source: Source, *, registry: Registry | None = None) -> Adapter:
+    """Open an adapter: a path (contains a ``/``, or exists), or a reference into the store.
+
+    Raises:
+        NotFoundError: nothing is there.
+        FormatError: what is there is no adapter that can be used.
+    """
+    if is_path(source):
+        return peft.load(source)
+    return (registry or Registry()).load(str(source))
+
+
+def is_path(source: Source) -> bool:
+    """Whether ``source`` means a path rather than a reference."""
+    return not isinstance(source, str) or "/" in source or source in (".", "..") or Path(source).exists()
+
+
+def _verify(fd: int, header: Header, manifest: Manifest) -> None:
+    hasher = TensorHasher(header)
+    for chunk in read_chunks(fd):
+        hasher.feed(chunk)
+    found = {tensor.entry.name: tensor.digest for tensor in hasher.finish()}
+    for tensor in manifest.tensors:
+        if found.get(tensor.entry.name) != tensor.digest:
+            raise StoreError(f"tensor {tensor.entry.name!r} is not what was stored: its bytes are damaged")

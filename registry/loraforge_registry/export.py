@@ -1,0 +1,109 @@
+"""An artifact written out as a plain directory, every byte checked on the way."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from loraforge_registry import objects
+from loraforge_registry.errors import ConflictError, InputOutputError, StoreError
+from loraforge_registry.files import Buffer, Files
+from loraforge_registry.manifest import File, Manifest
+
+
+def export(files: Files, manifest: Manifest, target: Path) -> None:
+    """Write the files of an artifact into the directory ``target``.
+
+    Raises:
+        ConflictError: ``target`` exists with other contents; nothing is touched.
+        StoreError: a stored file is damaged; nothing is left at ``target``.
+        InputOutputError: it cannot be written.
+    """
+    if _holds_exactly(target, manifest.files):
+        return
+
+    def chunks_of(file: File) -> Callable[[], Iterable[Buffer]]:
+        return lambda: _verified(files, file)
+
+    write_directory(target, {file.path: chunks_of(file) for file in manifest.files})
+
+
+def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[Buffer]]]) -> None:
+    """Write files into a new directory, which appears complete or not at all.
+
+    Raises:
+        ConflictError: ``target`` exists and is not an empty directory.
+        InputOutputError: it cannot be written; nothing is left.
+    """
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise ConflictError(f"{target} exists already; name a new directory, or remove it first")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    except OSError as error:
+        raise InputOutputError(error.errno, f"{target.parent}: {error.strerror}") from error
+    try:
+        for name, chunks in contents.items():
+            _write_file(staging / name, chunks())
+        staging.chmod(0o777 & ~_umask())
+        _sync(staging)
+        staging.replace(target)  # over an empty directory, or nothing
+        _sync(target.parent)
+    except OSError as error:
+        if isinstance(error, InputOutputError):
+            raise
+        raise InputOutputError(error.errno, f"{target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_file(path: Path, chunks: Iterable[Buffer]) -> None:
+    with path.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _verified(files: Files, file: File) -> Iterable[Buffer]:
+    sha256 = hashlib.sha256()
+    fd = objects.open_object(files, objects.BLOBS, file.digest, file.size)
+    try:
+        for chunk in objects.read_chunks(fd):
+            sha256.update(chunk)
+            yield chunk
+    finally:
+        os.close(fd)
+    if sha256.hexdigest() != file.digest.hex:
+        raise StoreError(f"{files.root}: the bytes stored as {file.digest} ({file.path}) are damaged")
+
+
+def _holds_exactly(target: Path, files: Iterable[File]) -> bool:
+    """Whether a directory holds these files and no others already: writing it again is then no conflict."""
+    wanted = {file.path: file for file in files}
+    if target.is_symlink() or not target.is_dir() or {p.name for p in target.iterdir()} != set(wanted):
+        return False
+    return all(_is_file(target / name, file) for name, file in wanted.items())
+
+
+def _is_file(path: Path, file: File) -> bool:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != file.size:
+        return False
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest() == file.digest.hex
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

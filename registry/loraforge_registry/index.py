@@ -1,0 +1,101 @@
+"""The cache behind ``ls``: a line about each artifact, in a file that may be deleted at any moment.
+
+A row is keyed by an artifact digest, whose meaning never changes, so no row can be stale; it carries a checksum, so a
+damaged one is no answer. The cache is written without fsync and gives way to anything: it saves time, nothing else.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgpack
+
+from loraforge_registry.digest import Digest
+
+_VERSION = 1
+_BUSY = 0.2  # seconds to wait for another writer before doing without
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What ``ls`` says about an artifact: the largest rank, the number of parameters, the bytes of all files."""
+
+    content_id: Digest
+    base: str | None
+    rank: int
+    targets: int
+    parameters: int
+    size: int
+    operation: str | None
+
+
+def read_summaries(root: Path) -> dict[Digest, Summary]:
+    """Return every intact row; empty where the cache is missing, damaged or locked."""
+    try:
+        with closing(_connect(root, write=False)) as database:
+            rows = database.execute("SELECT digest, check_sum, row FROM summary").fetchall()
+    except sqlite3.Error:
+        return {}
+    return {Digest.from_raw("sha256", digest): _unpack(row)
+            for digest, check, row in rows if _is_intact(digest, check, row)}  # fmt: skip
+
+
+def write_summaries(root: Path, summaries: Mapping[Digest, Summary]) -> None:
+    """Remember rows; a damaged cache is thrown away and begun again, a locked or read-only one is left alone."""
+    if not summaries:
+        return
+    try:
+        _insert(root, summaries.items())
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error) or "readonly" in str(error) or "unable to open" in str(error):
+            return
+        with suppress(OSError, sqlite3.Error):
+            (root / "index.sqlite").unlink(missing_ok=True)
+            _insert(root, summaries.items())
+
+
+def _insert(root: Path, rows: Iterable[tuple[Digest, Summary]]) -> None:
+    packed = [(digest.raw, row) for digest, summary in rows for row in [_pack(summary)]]
+    with closing(_connect(root, write=True)) as database, database:
+        database.execute("CREATE TABLE IF NOT EXISTS summary (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB)")
+        database.executemany(
+            "INSERT OR REPLACE INTO summary VALUES (?, ?, ?)",
+            [(digest, _check_sum(digest, row), row) for digest, row in packed],
+        )
+
+
+def _connect(root: Path, *, write: bool) -> sqlite3.Connection:
+    mode = "rwc" if write else "ro"
+    uri = (root / "index.sqlite").absolute().as_uri()
+    database = sqlite3.connect(f"{uri}?mode={mode}", uri=True, timeout=_BUSY)
+    database.execute("PRAGMA synchronous = OFF")
+    return database
+
+
+def _pack(summary: Summary) -> bytes:
+    s = summary
+    row = [_VERSION, s.content_id.raw, s.base, s.rank, s.targets, s.parameters, s.size, s.operation]
+    packed: bytes = msgpack.packb(row)
+    return packed
+
+
+def _unpack(row: bytes) -> Summary:
+    _, content, base, rank, targets, parameters, size, operation = msgpack.unpackb(row)
+    return Summary(Digest.from_raw("sha256", content), base, rank, targets, parameters, size, operation)
+
+
+def _is_intact(digest: object, check: object, row: object) -> bool:
+    return (
+        isinstance(digest, bytes)
+        and isinstance(row, bytes)
+        and len(digest) == 32
+        and check == _check_sum(digest, row)
+        and row[1:2] == bytes([_VERSION])
+    )
+
+
+def _check_sum(digest: bytes, row: bytes) -> bytes:
+    return hashlib.blake2b(digest + row, digest_size=8).digest()

@@ -1,0 +1,313 @@
+"""A config and a header read together: which tensor is what, and what the adapter computes.
+
+PEFT's names on disk (0.14 to 0.21), behind the prefix ``base_model.model.``:
+
+    Linear, Conv1D, Conv1d/2d/3d   <target>.lora_A.weight  <target>.lora_B.weight  [<target>.lora_B.bias]
+    Embedding                      <target>.lora_embedding_A  <target>.lora_embedding_B
+    DoRA                           <target>.lora_magnitude_vector
+    trainable tokens               <embedding>.token_adapter.trainable_tokens_delta
+    modules_to_save                <module>.<parameter>
+    bias all or lora_only          <module>.bias, <target>.base_layer.bias, <target>.bias
+    targeted embeddings            <target>.base_layer.weight: PEFT saves the base's own rows along
+
+A tensor that fits none of these would overwrite a weight of the base when PEFT loads the file, so it is an error.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from loraforge_registry import canonical, patterns
+from loraforge_registry.config import AdapterConfig, Scaling, Settings, scale_of
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import KeyMismatchError
+from loraforge_registry.header import TensorEntry
+
+PREFIX = "base_model.model."
+
+# How each role's key ends; the first that fits decides.
+SUFFIXES: Mapping[str, str] = {
+    "a": ".lora_A.weight",
+    "b": ".lora_B.weight",
+    "b_bias": ".lora_B.bias",
+    "embedding_a": ".lora_embedding_A",
+    "embedding_b": ".lora_embedding_B",
+    "magnitude": ".lora_magnitude_vector",
+    "tokens": ".token_adapter.trainable_tokens_delta",
+}
+FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+_CONV_KINDS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+# PEFT adds these to modules_to_save by task, whether or not the model has them.
+_OPTIONAL_SAVED = frozenset({"classifier", "score", "qa_outputs"})
+# Targets whose base weight PEFT writes along (EMBEDDING_LAYER_NAMES there).
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+_LISTED = 5  # how many keys an error names before it counts the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One adapted module: the keys of its tensors, its rank and its scale.
+
+    ``shape`` is that of the weight it adapts, transposed for Conv1D: Linear (out, in), Embedding (rows, dim),
+    Conv (out, in, *kernel).
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    rslora: bool
+    shape: tuple[int, ...]
+    groups: int
+    keys: Mapping[str, str]
+
+    @property
+    def scale(self) -> float:
+        """What multiplies ``B @ A``."""
+        return scale_of(self.alpha, self.rank, rslora=self.rslora)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every tensor of an adapter accounted for; keys are without ``base_model.model.``."""
+
+    targets: Mapping[str, Target]
+    extras: tuple[str, ...]
+    settings: Settings
+
+
+def read_layout(config: AdapterConfig, tensors: Iterable[TensorEntry]) -> Layout:
+    """Account for every tensor by the config, and for everything the config announces by a tensor.
+
+    Raises:
+        KeyMismatchError: unexpected or missing keys (both are named), or shapes that disagree with each other
+            or with the config.
+    """
+    entries = _strip_prefix(tensors)
+    found, rest = _group(entries)
+    if not found:
+        raise KeyMismatchError("no LoRA tensors at all: expected keys such as '<target>.lora_A.weight'")
+    targets = {name: _target(name, keys, entries, config.scaling) for name, keys in sorted(found.items())}
+    extras, unexpected = _account_for_rest(rest, targets, config.settings)
+    unexpected += [key for name in targets if not _is_targeted(name, targets[name].kind, config.settings)
+                   for key in targets[name].keys.values()]  # fmt: skip
+    if unexpected:
+        raise KeyMismatchError(
+            f"{_listing(unexpected)}: not accounted for by the config (loading it would overwrite the base's own "
+            "weights, or silently do nothing); name the module in target_modules or modules_to_save, or take the "
+            "tensor out"
+        )
+    _check_announced(config, targets, extras)
+    _check_tokens(config.settings, extras, entries)
+    return Layout(targets, tuple(sorted(extras)), config.settings)
+
+
+def content_id(layout: Layout, tensors: Iterable[tuple[TensorEntry, Digest]]) -> Digest:
+    """Return the digest of what the adapter computes, whoever wrote its files (SPEC.md section 4.1).
+
+    ``tensors`` are those of the file, each with the BLAKE3 digest of its bytes.
+    """
+    rows = sorted((t.name.removeprefix(PREFIX), t.dtype, t.shape, digest.raw) for t, digest in tensors)
+    document: canonical.Value = {
+        "schema": "loraforge.content/1",
+        "settings": _functional_settings(layout.settings),
+        "targets": [[name, t.kind, t.scale] for name, t in sorted(layout.targets.items())],
+        "tensors": [[key, dtype, list(shape), raw] for key, dtype, shape, raw in rows],
+    }
+    return Digest.of(canonical.encode(document))
+
+
+def _functional_settings(settings: Settings) -> dict[str, canonical.Value]:
+    found: dict[str, canonical.Value] = {}
+    if settings.base_mutating_init:
+        found["base_mutating_init"] = settings.base_mutating_init
+    if settings.fan_in_fan_out:
+        found["fan_in_fan_out"] = True
+    if settings.token_indices:
+        found["tokens"] = {module: list(rows) for module, rows in settings.token_indices.items()}
+    if settings.weight_tying:
+        found["weight_tying"] = True
+    return found
+
+
+def _strip_prefix(tensors: Iterable[TensorEntry]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for entry in tensors:
+        if not entry.name.startswith(PREFIX):
+            raise KeyMismatchError(
+                f"tensor {entry.name!r} does not begin with {PREFIX!r}, which PEFT gives every LoRA tensor "
+                "(a kohya or diffusers file must be converted first)"
+            )
+        entries[entry.name[len(PREFIX) :]] = entry
+    return entries
+
+
+def _group(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Sort keys into {target: {role: key}} and those that belong to no pair of factors."""
+    found: dict[str, dict[str, str]] = {}
+    rest: list[str] = []
+    for key in keys:
+        role = next((role for role, suffix in SUFFIXES.items() if key.endswith(suffix)), None)
+        if role is None or role == "tokens":
+            rest.append(key)
+        else:
+            found.setdefault(key.removesuffix(SUFFIXES[role]), {})[role] = key
+    return found, rest
+
+
+def _target(name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], scaling: Scaling) -> Target:
+    embedding = "embedding_a" in keys or "embedding_b" in keys
+    roles = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    expected = {*roles, *(["magnitude"] if scaling.dora else [])}
+    expected |= {"b_bias"} if scaling.lora_bias and not embedding else set()
+    missing = [name + SUFFIXES[role] for role in sorted(expected - set(keys))]
+    surplus = [keys[role] for role in sorted(set(keys) - expected)]
+    if missing or surplus:
+        said = [f"{_listing(missing)} missing"] * bool(missing) + [f"{_listing(surplus)} unexpected"] * bool(surplus)
+        raise KeyMismatchError(
+            f"target {name!r}: {' and '.join(said)} (use_dora={str(scaling.dora).lower()}, "
+            f"lora_bias={str(scaling.lora_bias).lower()})"
+        )
+    a, b = (entries[keys[role]] for role in roles)
+    rank = next((r for p, r in scaling.rank_pattern.items() if patterns.matches_suffix_pattern(name, p)), scaling.rank)
+    alpha = next(
+        (v for p, v in scaling.alpha_pattern.items() if patterns.matches_suffix_pattern(name, p)),
+        scaling.alpha,
+    )
+    kind, shape, groups = _check_factors(name, a, b, rank, embedding=embedding)
+    _check_side_shapes(name, keys, entries, rows=b.shape[0])
+    renamed = {role.removeprefix("embedding_"): key for role, key in keys.items()}
+    return Target(kind, rank, alpha, scaling.rslora, shape, groups, renamed)
+
+
+def _check_factors(
+    name: str, a: TensorEntry, b: TensorEntry, rank: int, *, embedding: bool
+) -> tuple[str, tuple[int, ...], int]:
+    """Return (kind, shape of the weight, convolution groups) of a pair whose shapes agree."""
+    kind = "embedding" if embedding else _CONV_KINDS.get(len(a.shape), "")
+    fits = kind != "" and len(b.shape) == len(a.shape) and set(b.shape[2:]) <= {1} and 0 not in a.shape + b.shape
+    grouped = fits and kind.startswith("conv") and a.shape[0] % b.shape[1] == 0
+    if not fits or not (a.shape[0] == b.shape[1] or grouped):
+        raise KeyMismatchError(
+            f"target {name!r}: A {list(a.shape)} and B {list(b.shape)} are not a pair (expected A (r, in) and "
+            "B (out, r), or A (r, in, *kernel) and B (out, r, 1, ...) of a convolution)"
+        )
+    if a.shape[0] != rank:
+        raise KeyMismatchError(f"target {name!r}: its tensors have rank {a.shape[0]}, the config says {rank}")
+    for entry in (a, b):
+        if entry.dtype not in FACTOR_DTYPES:
+            raise KeyMismatchError(f"tensor {entry.name!r} is {entry.dtype}; expected F32, F16, BF16 or F64")
+    shape = (a.shape[1], b.shape[0]) if embedding else (b.shape[0], *a.shape[1:])
+    return kind, shape, a.shape[0] // b.shape[1]
+
+
+def _check_side_shapes(name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], rows: int) -> None:
+    """A bias or magnitude has one number for each output."""
+    for role in ("b_bias", "magnitude"):
+        if role in keys and entries[keys[role]].elements != rows:
+            raise KeyMismatchError(f"tensor {keys[role]!r} has {entries[keys[role]].elements} numbers, expected {rows}")
+        if role in keys and entries[keys[role]].dtype not in FACTOR_DTYPES:
+            raise KeyMismatchError(f"tensor {keys[role]!r} is {entries[keys[role]].dtype}, expected a float type")
+    if not name:
+        raise KeyMismatchError("a LoRA pair without a target in front of its key")
+
+
+def _is_targeted(name: str, kind: str, settings: Settings) -> bool:
+    """Whether PEFT would adapt the module (its check_target_module_exists)."""
+    wanted, excluded = settings.target_modules, settings.exclude_modules
+    if isinstance(excluded, str):
+        if patterns.full_match(excluded, name):
+            return False
+    elif any(patterns.ends_with_path(name, item) for item in excluded or ()):
+        return False
+    if isinstance(wanted, str):
+        return kind == "linear" if wanted == "all-linear" else patterns.full_match(wanted, name)
+    if not any(patterns.ends_with_path(name, item) for item in wanted or ()):
+        return False
+    if settings.layers_to_transform is None:
+        return True
+    return patterns.layer_index(name, settings.layers_pattern) in settings.layers_to_transform
+
+
+def _account_for_rest(
+    keys: Iterable[str], targets: Mapping[str, Target], settings: Settings
+) -> tuple[list[str], list[str]]:
+    extras: list[str] = []
+    unexpected: list[str] = []
+    for key in keys:
+        (extras if _is_accounted_for(key, targets, settings) else unexpected).append(key)
+    return extras, unexpected
+
+
+def _is_accounted_for(key: str, targets: Mapping[str, Target], settings: Settings) -> bool:
+    if key.endswith(SUFFIXES["tokens"]):
+        return _token_rows(key, settings) is not None
+    if any(_is_saved_by(key, entry) for entry in settings.modules_to_save):
+        return True
+    module, _, parameter = key.rpartition(".")
+    owner = module.removesuffix(".base_layer")
+    if parameter == "bias":
+        return settings.bias == "all" or (settings.bias == "lora_only" and owner in targets)
+    is_base_weight = parameter == "weight" and owner != module and owner in targets
+    return is_base_weight and owner.rpartition(".")[2] in _EMBEDDING_NAMES
+
+
+def _is_saved_by(key: str, entry: str) -> bool:
+    """Whether an entry of modules_to_save covers the key: PEFT compares the ends of module names, dots or not."""
+    position = key.find(".")
+    while position != -1:
+        if key[:position].endswith(entry):
+            return True
+        position = key.find(".", position + 1)
+    return False
+
+
+def _token_rows(key: str, settings: Settings) -> tuple[int, ...] | None:
+    module = key.removesuffix(SUFFIXES["tokens"])
+    for entry, rows in settings.token_indices.items():
+        if not entry or patterns.ends_with_path(module, entry):
+            return rows
+    return None
+
+
+def _check_announced(config: AdapterConfig, targets: Mapping[str, Target], extras: Iterable[str]) -> None:
+    """Everything the config announces has at least one tensor."""
+    settings, extras = config.settings, list(extras)
+    wanted = settings.target_modules
+    missing = [
+        f"target_modules {item!r}"
+        for item in (wanted if isinstance(wanted, tuple) else ())
+        if not any(patterns.ends_with_path(name, item) for name in targets)
+    ]
+    missing += [
+        f"modules_to_save {item!r}"
+        for item in settings.modules_to_save
+        if item not in _OPTIONAL_SAVED and not any(_is_saved_by(key, item) for key in extras)
+    ]
+    missing += [
+        f"trainable_token_indices {item!r}"
+        for item in settings.token_indices
+        if not any(key.endswith(item + SUFFIXES["tokens"]) for key in extras)
+    ]
+    for what, keys in (("rank", config.scaling.rank_pattern), ("alpha", config.scaling.alpha_pattern)):
+        missing += [
+            f"{what}_pattern {item!r}"
+            for item in keys
+            if not any(patterns.matches_suffix_pattern(name, item) for name in targets)
+        ]
+    if missing:
+        raise KeyMismatchError(f"{_listing(missing)}: announced by the config, but no tensor belongs to it")
+
+
+def _check_tokens(settings: Settings, extras: Iterable[str], entries: Mapping[str, TensorEntry]) -> None:
+    for key in extras:
+        rows = _token_rows(key, settings) if key.endswith(SUFFIXES["tokens"]) else None
+        if rows is not None and (len(entries[key].shape) != 2 or entries[key].shape[0] != len(rows)):
+            raise KeyMismatchError(
+                f"tensor {key!r} has shape {list(entries[key].shape)}, expected {len(rows)} rows as in "
+                "trainable_token_indices"
+            )
+
+
+def _listing(keys: list[str]) -> str:
+    shown = ", ".join(repr(key) if "'" not in key else key for key in sorted(keys)[:_LISTED])
+    return shown + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")

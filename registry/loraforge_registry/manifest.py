@@ -1,0 +1,297 @@
+"""The record of one adapter: files, tensors, base, where it came from (SPEC.md section 4)."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from loraforge_registry import canonical
+from loraforge_registry.canonical import Value
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import ManifestError, ReferenceSyntaxError
+from loraforge_registry.header import TensorEntry
+
+SCHEMA = "loraforge.adapter/1"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+README_FILE = "README.md"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
+
+_MAX_SIZE = 2**53
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One stored file."""
+
+    path: str
+    digest: Digest
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the weights file, and the BLAKE3 digest of its raw bytes."""
+
+    entry: TensorEntry
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An adapter in a store, named both ways: exactly these files, and this function."""
+
+    digest: Digest
+    content_id: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of an operation, with its weight.
+
+    The source is an artifact, the content id of an adapter that was in no store, or a value that was itself derived
+    and never stored.
+    """
+
+    source: "Artifact | Digest | Derivation"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """How an adapter was made from others; ``version`` rises when equal inputs would give another result."""
+
+    operation: str
+    version: int
+    inputs: tuple[Input, ...]
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+
+    def artifacts(self) -> tuple[Digest, ...]:
+        """The artifacts this was made from, through values that were never stored; each once, in order."""
+        found: dict[Digest, None] = {}
+        for item in self.inputs:
+            if isinstance(item.source, Artifact):
+                found[item.source.digest] = None
+            elif isinstance(item.source, Derivation):
+                found |= dict.fromkeys(item.source.artifacts())
+        return tuple(found)
+
+    def located(self, stored: "Mapping[Digest, Artifact]") -> "Derivation":
+        """Return the same derivation with inputs that were known by content id only named by their artifact."""
+
+        def locate(source: "Artifact | Digest | Derivation") -> "Artifact | Digest | Derivation":
+            if isinstance(source, Derivation):
+                return source.located(stored)
+            return stored.get(source, source) if isinstance(source, Digest) else source
+
+        return replace(self, inputs=tuple(replace(item, source=locate(item.source)) for item in self.inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is stored under an artifact digest."""
+
+    content_id: Digest
+    files: tuple[File, ...]
+    tensors: tuple[Tensor, ...]
+    base_name: str | None = None
+    base_revision: str | None = None
+    derivation: Derivation | None = None
+    report: Mapping[str, Value] | None = None
+
+    def file(self, path: str) -> File:
+        """The file at ``path``, which must be one that every adapter has."""
+        return next(file for file in self.files if file.path == path)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def parameters(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(tensor.entry.elements for tensor in self.tensors)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the canonical bytes; ``decode_manifest(encode_manifest(m)) == m``."""
+    return canonical.encode(
+        {
+            "schema": SCHEMA,
+            "base": {"name": manifest.base_name, "revision": manifest.base_revision},
+            "content_id": manifest.content_id.raw,
+            "derivation": None if manifest.derivation is None else _derivation_out(manifest.derivation),
+            "files": [{"path": f.path, "digest": f.digest.raw, "size": f.size} for f in manifest.files],
+            "report": None if manifest.report is None else dict(manifest.report),
+            "tensors": [_tensor_out(tensor) for tensor in manifest.tensors],
+        }
+    )
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        ManifestError: not canonical, a field missing, unknown or of a wrong type, or a newer schema.
+    """
+    fields = _typed("manifest", canonical.decode(data), dict)
+    _check_schema(fields.get("schema"))
+    _keys("manifest", fields, "schema base content_id derivation files report tensors")
+    base = _map("base", fields["base"], "name revision")
+    derivation, report = fields["derivation"], fields["report"]
+    manifest = Manifest(
+        content_id=_digest("sha256", fields["content_id"]),
+        files=tuple(_file(item) for item in _typed("files", fields["files"], list)),
+        tensors=tuple(_tensor(item) for item in _typed("tensors", fields["tensors"], list)),
+        base_name=None if base["name"] is None else _typed("base.name", base["name"], str),
+        base_revision=None if base["revision"] is None else _typed("base.revision", base["revision"], str),
+        derivation=None if derivation is None else _derivation(derivation),
+        report=None if report is None else _typed("report", report, dict),
+    )
+    _check_order(manifest)
+    return manifest
+
+
+def derivation_as_json(derivation: Derivation) -> dict[str, object]:
+    """The same record with digests spelt out, for ``--json``."""
+    inputs: list[dict[str, object]] = []
+    for item in derivation.inputs:
+        source: dict[str, object]
+        if isinstance(item.source, Artifact):
+            source = {"digest": str(item.source.digest), "content_id": str(item.source.content_id)}
+        elif isinstance(item.source, Digest):
+            source = {"content_id": str(item.source)}
+        else:
+            source = {"derivation": derivation_as_json(item.source)}
+        inputs.append({"weight": item.weight, **source})
+    return {
+        "operation": derivation.operation,
+        "version": derivation.version,
+        "parameters": dict(derivation.parameters),
+        "inputs": inputs,
+    }
+
+
+def _derivation_out(derivation: Derivation) -> Value:
+    return {
+        "operation": derivation.operation,
+        "version": derivation.version,
+        "parameters": dict(derivation.parameters),
+        "inputs": [_input_out(item) for item in derivation.inputs],
+    }
+
+
+def _input_out(item: Input) -> Value:
+    source: dict[str, Value]
+    if isinstance(item.source, Artifact):
+        source = {"artifact": {"digest": item.source.digest.raw, "content_id": item.source.content_id.raw}}
+    elif isinstance(item.source, Digest):
+        source = {"content_id": item.source.raw}
+    else:
+        source = {"derivation": _derivation_out(item.source)}
+    return {"weight": float(item.weight), **source}
+
+
+def _tensor_out(tensor: Tensor) -> Value:
+    entry = tensor.entry
+    return [entry.name, entry.dtype, list(entry.shape), entry.begin, entry.end, tensor.digest.raw]
+
+
+def _derivation(value: Value) -> Derivation:
+    fields = _map("derivation", value, "operation version parameters inputs")
+    return Derivation(
+        operation=_typed("operation", fields["operation"], str),
+        version=_integer("version", fields["version"]),
+        inputs=tuple(_input(item) for item in _typed("inputs", fields["inputs"], list)),
+        parameters=_typed("parameters", fields["parameters"], dict),
+    )
+
+
+def _input(value: Value) -> Input:
+    fields = _typed("input", value, dict)
+    kind = next(iter(set(fields) - {"weight"}), "")
+    if set(fields) not in ({"weight", "artifact"}, {"weight", "content_id"}, {"weight", "derivation"}):
+        raise ManifestError(f"input: the fields {sorted(fields)} are not a weight and one source")
+    source: Artifact | Digest | Derivation
+    if kind == "artifact":
+        both = _map("artifact", fields[kind], "digest content_id")
+        source = Artifact(_digest("sha256", both["digest"]), _digest("sha256", both["content_id"]))
+    elif kind == "content_id":
+        source = _digest("sha256", fields[kind])
+    else:
+        source = _derivation(fields[kind])
+    return Input(source, _typed("weight", fields["weight"], float))
+
+
+def _file(value: Value) -> File:
+    fields = _map("file", value, "path digest size")
+    path = _typed("path", fields["path"], str)
+    if path not in FILES:
+        raise ManifestError(f"file path {path[:80]!r}; expected one of {', '.join(FILES)}")
+    return File(path, _digest("sha256", fields["digest"]), _integer("size", fields["size"]))
+
+
+def _tensor(value: Value) -> Tensor:
+    row = _typed("tensor", value, list)
+    if len(row) != 6:
+        raise ManifestError(f"a tensor of {len(row)} fields, expected 6")
+    name, dtype, shape, begin, end, digest = row
+    entry = TensorEntry(
+        name=_typed("tensor name", name, str),
+        dtype=_typed("dtype", dtype, str),
+        shape=tuple(_integer("shape", item) for item in _typed("shape", shape, list)),
+        begin=_integer("begin", begin),
+        end=_integer("end", end),
+    )
+    return Tensor(entry, _digest("blake3", digest))
+
+
+def _check_schema(schema: Value) -> None:
+    if schema == SCHEMA:
+        return
+    said = schema if isinstance(schema, str) else type(schema).__name__
+    if re.fullmatch(r"loraforge\.adapter/([0-9]{1,6})", said):
+        raise ManifestError(f"manifest schema {said}; this version reads {SCHEMA}: upgrade loraforge")
+    raise ManifestError(f"not a manifest: schema is {said[:60]!r}, expected {SCHEMA!r}")
+
+
+def _check_order(manifest: Manifest) -> None:
+    paths = [file.path for file in manifest.files]
+    names = [tensor.entry.name for tensor in manifest.tensors]
+    if paths != sorted(set(paths)) or not {CONFIG_FILE, WEIGHTS_FILE} <= set(paths):
+        raise ManifestError(f"files {paths}: expected config and weights, each path once, sorted")
+    if names != sorted(set(names)):
+        raise ManifestError("tensors are not sorted by name, or one stands twice")
+
+
+def _typed(what: str, value: Value, kind: type[T]) -> T:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ManifestError(f"{what} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _integer(what: str, value: Value) -> int:
+    number = _typed(what, value, int)
+    if not 0 <= number <= _MAX_SIZE:
+        raise ManifestError(f"{what} is {number}, expected 0 to 2^53")
+    return number
+
+
+def _keys(what: str, fields: Mapping[str, Value], expected: str) -> None:
+    if set(fields) != set(expected.split()):
+        raise ManifestError(f"{what}: the fields {sorted(fields)[:12]}, expected {expected.split()}")
+
+
+def _map(what: str, value: Value, expected: str) -> dict[str, Value]:
+    fields: dict[str, Value] = _typed(what, value, dict)
+    _keys(what, fields, expected)
+    return fields
+
+
+def _digest(algorithm: str, value: Value) -> Digest:
+    try:
+        return Digest.from_raw(algorithm, _typed("digest", value, bytes))
+    except ReferenceSyntaxError as error:
+        raise ManifestError(f"a digest of a wrong length: {error}") from error

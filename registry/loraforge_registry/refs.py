@@ -1,0 +1,130 @@
+"""Names for artifacts: moved by compare-and-swap, with a history of every move (SPEC.md section 5)."""
+
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
+from loraforge_registry.files import Files
+from loraforge_registry.names import RefName
+
+_LINE = 72  # "sha256:", 64 digits, a newline
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One record of a reflog: at ``time`` (unix seconds) ``tag`` went from ``old`` to ``new``."""
+
+    time: int
+    old: Digest | None
+    new: Digest | None
+    tag: str
+    who: str
+    what: str
+
+
+def read_ref(files: Files, ref: RefName) -> Digest | None:
+    """Return what a ref points at, or None.
+
+    Raises:
+        StoreError: the ref file is damaged; others are not affected.
+    """
+    data = files.read("refs", _file_name(ref), _LINE + 1)
+    if data is None:
+        return None
+    try:
+        if data[-1:] != b"\n":
+            raise ReferenceSyntaxError("no newline at its end")
+        return Digest.parse(data[:-1].decode("ascii"))
+    except (ReferenceSyntaxError, UnicodeDecodeError) as error:
+        raise StoreError(f"the ref {ref} is damaged ({files.root / 'refs' / _file_name(ref)}): {error}") from error
+
+
+def list_refs(files: Files) -> Iterator[tuple[RefName, Digest | StoreError]]:
+    """Yield every ref, sorted, with what it points at, or the error that reading it gave."""
+    for file_name in files.names("refs"):
+        name, _, tag = file_name.partition("@")
+        try:
+            ref = RefName(name, tag)
+            digest = read_ref(files, ref)
+        except ReferenceSyntaxError:
+            continue  # not a ref's file name: not ours
+        except StoreError as error:
+            yield ref, error
+            continue
+        if digest is not None:
+            yield ref, digest
+
+
+def move_ref(files: Files, ref: RefName, *, expected: Digest | None, new: Digest | None, who: str, what: str) -> None:
+    """Point ``ref`` at ``new`` (None removes it) if it points at ``expected`` now; durable when this returns.
+
+    Raises:
+        ConflictError: it points elsewhere; somebody else moved it.
+        NotFoundError: there is nothing to remove.
+    """
+    with files.lock("refs"):
+        old = read_ref(files, ref)
+        if old != expected:
+            raise ConflictError(f"{ref} is {_spell(old)}, expected {_spell(expected)}: it was moved meanwhile")
+        if old is None and new is None:
+            raise NotFoundError(f"there is no {ref}")
+        files.append("reflog", ref.name, _record(Move(int(time.time()), old, new, ref.tag, who, what)))
+        if new is None:
+            files.remove("refs", _file_name(ref))
+        else:
+            _replace(files, ref, new)
+        files.sync("refs")
+
+
+def read_reflog(files: Files, name: str) -> list[Move]:
+    """Return the moves of a name's tags, oldest first; damaged lines are passed over."""
+    data = files.read("reflog", name, 64 * 1024 * 1024) or b""
+    return [move for line in data.split(b"\n") if (move := _parse_record(line)) is not None]
+
+
+def _replace(files: Files, ref: RefName, new: Digest) -> None:
+    temporary = files.new_temporary()
+    try:
+        files.write(temporary, f"{new}\n".encode())
+        files.seal(temporary, 0o644)
+        files.rename(temporary, "refs", _file_name(ref))
+    finally:
+        files.discard(temporary)
+
+
+def _file_name(ref: RefName) -> str:
+    return f"{ref.name}@{ref.tag}"
+
+
+def _spell(digest: Digest | None) -> str:
+    return "absent" if digest is None else str(digest)
+
+
+def _record(move: Move) -> bytes:
+    fields = [
+        str(move.time),
+        str(move.old or "-"),
+        str(move.new or "-"),
+        move.tag,
+        quote(move.who),
+        quote(move.what),
+    ]
+    text = " ".join(fields).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse_record(line: bytes) -> Move | None:
+    crc, _, text = line.partition(b" ")
+    fields = text.decode("ascii", "replace").split(" ")
+    if len(fields) != 6 or crc != b"%08x" % zlib.crc32(text):
+        return None
+    when, old, new, tag, who, what = fields
+    return Move(int(when), _digest(old), _digest(new), tag, unquote(who), unquote(what))
+
+
+def _digest(text: str) -> Digest | None:
+    return None if text == "-" else Digest.parse(text)

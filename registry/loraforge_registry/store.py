@@ -1,0 +1,326 @@
+"""The face of the registry: artifacts in, artifacts out, by digest and by name."""
+
+import getpass
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraforge_registry import canonical, index, names, objects, refs
+from loraforge_registry.canonical import Value
+from loraforge_registry.config import MAX_BYTES, parse_config
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
+from loraforge_registry.export import export
+from loraforge_registry.files import Files, check_format, make_store
+from loraforge_registry.index import Summary
+from loraforge_registry.ingest import Incoming, ingest
+from loraforge_registry.layout import Layout, read_layout
+from loraforge_registry.manifest import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Artifact,
+    Derivation,
+    File,
+    Manifest,
+    decode_manifest,
+)
+from loraforge_registry.names import Reference, RefName
+from loraforge_registry.refs import Move
+from loraforge_registry.sessions import open_session
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One line of ``ls``: a ref, and what it points at; ``problem`` where that cannot be read."""
+
+    ref: RefName
+    digest: Digest | None
+    summary: Summary | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of a store: what the names add up to, what lies on disk, what no name or lineage needs."""
+
+    artifacts: int
+    logical: int
+    physical: int
+    reclaimable: int
+
+
+class Store:
+    """A directory of adapters. It is made at the first write; reading an absent one finds nothing.
+
+    Raises:
+        StoreError: ``path`` is something else than a store, or one of a newer format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = default_path() if path is None else Path(path).expanduser()
+        self._files: Files | None = Files(self.path) if check_format(self.path) else None
+
+    def put(
+        self,
+        incoming: Incoming,
+        *,
+        derivation: Derivation | None = None,
+        report: Mapping[str, Value] | None = None,
+        name: RefName | None = None,
+        force: bool = False,
+    ) -> Artifact:
+        """Store an adapter and, with ``name``, point that ref at it.
+
+        The tag ``latest`` moves freely; any other moves only with ``force``, or to where it is already.
+
+        Raises:
+            FormatError: the adapter is refused; nothing is stored.
+            ConflictError: the tag means another artifact; the adapter is stored, and reachable by its digest.
+        """
+        files = self._writable()
+        with open_session(files) as session:
+            artifact = ingest(files, session, incoming, derivation=derivation, report=report)
+            if name is not None:
+                what = "push" if derivation is None else derivation.operation
+                self.tag(artifact.digest, name, force=force, what=what)
+        index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
+        return artifact
+
+    def tag(self, digest: Digest, name: RefName, *, force: bool = False, what: str = "tag") -> None:
+        """Point a ref at an artifact that is in the store; ``put`` says when it may move.
+
+        Raises:
+            ConflictError: the tag means another artifact.
+            NotFoundError: the artifact is not there.
+        """
+        files = self._writable()
+        with open_session(files) as session:
+            session.pin(digest)
+            self.manifest(digest)
+            old = refs.read_ref(files, name)
+            if old == digest:
+                return
+            if old is not None and name.tag != names.DEFAULT_TAG and not force:
+                raise ConflictError(
+                    f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
+                )
+            refs.move_ref(files, name, expected=old, new=digest, who=_who(), what=what)
+
+    def remove(self, name: RefName) -> Digest:
+        """Remove a ref and return what it pointed at; the bytes stay until they are collected.
+
+        Raises:
+            NotFoundError: there is no such ref.
+        """
+        files = self._writable() if self._files is not None else None
+        old = None if files is None else refs.read_ref(files, name)
+        if files is None or old is None:
+            raise NotFoundError(f"there is no {name} in {self.path}{self._nearby(name)}")
+        refs.move_ref(files, name, expected=old, new=None, who=_who(), what="rm")
+        return old
+
+    def resolve(self, text: str) -> Digest:
+        """Return the artifact that ``name[:tag]``, ``name@sha256:<hex>`` or ``sha256:<prefix>`` means.
+
+        Raises:
+            ReferenceSyntaxError: not a reference, or a prefix of several artifacts.
+            NotFoundError: nothing there.
+        """
+        reference = Reference.parse(text)
+        if reference.ref is not None:
+            digest = None if self._files is None else refs.read_ref(self._files, reference.ref)
+            if digest is None:
+                raise NotFoundError(f"there is no {reference.ref} in {self.path}{self._nearby(reference.ref)}")
+            return digest
+        found = self._by_prefix(reference.prefix or "")
+        if reference.name is not None and found not in self._history(reference.name):
+            raise NotFoundError(f"{reference.name} has never been {found}; leave the name out to mean it anyway")
+        return found
+
+    def manifest(self, digest: Digest) -> Manifest:
+        """Read an artifact's manifest, checked against its digest.
+
+        Raises:
+            NotFoundError: it is not in the store.
+            StoreError, ManifestError: it is damaged.
+        """
+        return decode_manifest(objects.read_all(self._readable(), objects.MANIFESTS, digest, canonical.MAX_BYTES))
+
+    def layout(self, manifest: Manifest) -> Layout:
+        """Which tensor is what, in an artifact of this store."""
+        config = parse_config(self.read_file(manifest.file(CONFIG_FILE), MAX_BYTES))
+        return read_layout(config, [tensor.entry for tensor in manifest.tensors])
+
+    def read_file(self, file: File, limit: int) -> bytes:
+        """Read one small file of an artifact, checked against its digest."""
+        return objects.read_all(self._readable(), objects.BLOBS, file.digest, limit)
+
+    @contextmanager
+    def open_weights(self, manifest: Manifest) -> Iterator[int]:
+        """Open the weights of an artifact; their length is checked, their bytes are not."""
+        file = manifest.file(WEIGHTS_FILE)
+        fd = objects.open_object(self._readable(), objects.BLOBS, file.digest, file.size)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def export(self, digest: Digest, target: Path) -> None:
+        """Write an artifact out as a PEFT directory, every byte checked (see ``export.export``)."""
+        export(self._readable(), self.manifest(digest), target)
+
+    def ls(self, name: str | None = None) -> list[Named]:
+        """Return every ref with a line about its artifact, sorted; ``name`` keeps one name's tags.
+
+        Cost: one small file read a ref, and one query of the index. A row that is missing there is made again.
+        """
+        if self._files is None:
+            return []
+        known = index.read_summaries(self.path)
+        new: dict[Digest, Summary] = {}
+        lines = [
+            self._line(ref, found, known, new)
+            for ref, found in refs.list_refs(self._files)
+            if name is None or ref.name == name
+        ]
+        index.write_summaries(self.path, new)
+        return lines
+
+    def reflog(self, name: str) -> list[Move]:
+        """Return the moves of a name's tags, oldest first.
+
+        Raises:
+            NotFoundError: the name has no history here.
+        """
+        moves = [] if self._files is None else refs.read_reflog(self._files, RefName(name).name)
+        if not moves:
+            raise NotFoundError(f"{name} has no history in {self.path}")
+        return moves
+
+    def usage(self) -> Usage:
+        """Count bytes; what is reachable is what refs and reflogs name, and the lineage of that.
+
+        Raises:
+            StoreError, ManifestError: a ref or manifest is damaged, so that nothing can be called reclaimable.
+        """
+        if self._files is None:
+            return Usage(0, 0, 0, 0)
+        reachable = self._reachable()
+        sizes = {
+            (area, digest): objects.size_of(self._files, area, digest)
+            for area in (objects.BLOBS, objects.MANIFESTS)
+            for digest in objects.list_digests(self._files, area)
+        }
+        needed = {(objects.MANIFESTS, digest) for digest in reachable}
+        needed |= {(objects.BLOBS, file.digest) for m in reachable.values() for file in m.files}
+        physical = sum(sizes.values())
+        return Usage(
+            artifacts=sum(area == objects.MANIFESTS for area, _ in sizes),
+            logical=sum(manifest.size for manifest in reachable.values()),
+            physical=physical,
+            reclaimable=physical - sum(sizes.get(key, 0) for key in needed),
+        )
+
+    def _reachable(self) -> dict[Digest, Manifest]:
+        files = self._readable()
+        todo: list[Digest] = []
+        for _, found in refs.list_refs(files):
+            if isinstance(found, StoreError):
+                raise found
+            todo.append(found)
+        reachable: dict[Digest, Manifest] = {}
+        while todo:
+            digest = todo.pop()
+            if digest in reachable:
+                continue
+            manifest = reachable[digest] = self.manifest(digest)
+            lineage = manifest.derivation.artifacts() if manifest.derivation else ()
+            todo += [parent for parent in lineage if self.has(parent)]
+        return reachable
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the store holds an artifact."""
+        return self._files is not None and self._files.exists(f"{objects.MANIFESTS}/{digest.hex[:2]}", digest.hex)
+
+    def _line(
+        self,
+        ref: RefName,
+        found: Digest | StoreError,
+        known: Mapping[Digest, Summary],
+        new: dict[Digest, Summary],
+    ) -> Named:
+        if isinstance(found, StoreError):
+            return Named(ref, None, None, str(found))
+        summary = known.get(found) or new.get(found)
+        if summary is None:
+            try:
+                summary = new[found] = self._summarise(found)
+            except (StoreError, ValueError, LookupError) as error:
+                return Named(ref, found, None, str(error))
+        return Named(ref, found, summary)
+
+    def _summarise(self, digest: Digest) -> Summary:
+        manifest = self.manifest(digest)
+        layout = self.layout(manifest)
+        return Summary(
+            content_id=manifest.content_id,
+            base=manifest.base_name,
+            rank=max(target.rank for target in layout.targets.values()),
+            targets=len(layout.targets),
+            parameters=manifest.parameters,
+            size=manifest.size,
+            operation=manifest.derivation.operation if manifest.derivation else None,
+        )
+
+    def _by_prefix(self, prefix: str) -> Digest:
+        found = [] if self._files is None else list(objects.list_digests(self._files, objects.MANIFESTS, prefix))
+        if not found:
+            raise NotFoundError(f"no artifact in {self.path} begins with sha256:{prefix}")
+        if len(found) > 1:
+            raise ReferenceSyntaxError(f"sha256:{prefix} is the beginning of {len(found)} artifacts; give more digits")
+        return found[0]
+
+    def _history(self, name: str) -> set[Digest | None]:
+        files = self._readable()
+        return {d for move in refs.read_reflog(files, name) for d in (move.old, move.new)}
+
+    def _nearby(self, ref: RefName) -> str:
+        """A way out for a name that was not found: its other tags, or names that look like it."""
+        import difflib  # noqa: PLC0415 - only on the way to an error
+
+        known = [] if self._files is None else [found for found, _ in refs.list_refs(self._files)]
+        near = [str(found) for found in known if found.name == ref.name][:5]
+        near = near or difflib.get_close_matches(str(ref), [str(found) for found in known], 3)
+        return f"; there is {', '.join(near)}" if near else ""
+
+    def _readable(self) -> Files:
+        if self._files is None:
+            raise NotFoundError(f"there is no store at {self.path}")
+        return self._files
+
+    def _writable(self) -> Files:
+        if self._files is None:
+            make_store(self.path)
+            self._files = Files(self.path)
+        return self._files
+
+
+def default_path() -> Path:
+    """``LORAFORGE_STORE``, or the platform's data directory."""
+    named = os.environ.get("LORAFORGE_STORE")
+    if named:
+        return Path(named).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "loraforge"
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "loraforge"
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())
