@@ -25,21 +25,22 @@ class Factored:
     _b_qr: tuple[Tensor, Tensor]
     _a_qr: tuple[Tensor, Tensor]
 
-    def left(self, count: int) -> Tensor:
-        """The first ``count`` left singular vectors: (m, count)."""
-        return _expand(self._b_qr, self.u_core[:, :count])
+    def bases(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first ``count`` singular vectors of both sides: (m, count) and (n, count).
 
-    def right(self, count: int) -> Tensor:
-        """The first ``count`` right singular vectors: (n, count)."""
-        return _expand(self._a_qr, self.v_core[:, :count])
+        The largest entry of each left vector (the first of equals) is positive, so that the bases depend on the
+        product alone, not on the library that computed them, wherever singular values are distinct.
+        """
+        left, right = _expand(self._b_qr, self.u_core[:, :count]), _expand(self._a_qr, self.v_core[:, :count])
+        signs = _signs(left)
+        return left * signs, right * signs
 
 
 def decompose(a: Tensor, b: Tensor) -> Factored:
     r"""Return the SVD of ``b @ a`` from its factors.
 
     Equation: ``B = Q_B R_B``, ``A^T = Q_A R_A``, ``R_B R_A^T = U S V^T``; then
-    ``B A = (Q_B U) S (Q_A V)^T``. Signs are fixed so that the largest entry of each column of U is positive (the
-    first of equals), which makes the result a function of the product alone where singular values are distinct.
+    ``B A = (Q_B U) S (Q_A V)^T``.
 
     Shapes: a (R, n), b (m, R).
     Numerics: Householder QR and SVD in float64; singular values are right to about 1e-15 of ``|b| |a|``.
@@ -51,9 +52,7 @@ def decompose(a: Tensor, b: Tensor) -> Factored:
     core = _r_factor(b_qr) @ _r_factor(a_qr).T  # (min(m, R), min(n, R))
     # the core is small: on the CPU whatever the device, where LAPACK neither waits for a queue nor gives up
     u, s, vh = torch.linalg.svd(core.cpu(), full_matrices=False)
-    signs = _signs(u)
-    u_core, v_core = (u * signs).to(b.device), (vh.T * signs).to(a.device)
-    return Factored(s, u_core, v_core, b_qr, a_qr)
+    return Factored(s, u.to(b.device), vh.T.to(a.device), b_qr, a_qr)
 
 
 def truncate(found: Factored, rank: int) -> tuple[Tensor, Tensor]:
@@ -64,8 +63,9 @@ def truncate(found: Factored, rank: int) -> tuple[Tensor, Tensor]:
 
     Shapes: -> (rank, n), (m, rank).
     """
-    root = found.s[:rank].sqrt()
-    return (found.right(rank) * root.to(found.v_core.device)).T, found.left(rank) * root.to(found.u_core.device)
+    left, right = found.bases(rank)
+    root = found.s[:rank].sqrt().to(left.device)
+    return (right * root).T, left * root
 
 
 def tail_error(s: Tensor, rank: int) -> float:
@@ -127,7 +127,5 @@ def _expand(qr: tuple[Tensor, Tensor], core: Tensor) -> Tensor:
 
 
 def _signs(u: Tensor) -> Tensor:
-    if not u.shape[1]:
-        return u.new_ones(0)
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0)

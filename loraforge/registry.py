@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from loraforge.adapter import Adapter
+from loraforge.formats import peft
 from loraforge_registry.canonical import Value
 from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
@@ -15,9 +17,6 @@ from loraforge_registry.manifest import CONFIG_FILE, Artifact, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.objects import read_chunks
 from loraforge_registry.store import Named, Store
-
-from loraforge.adapter import Adapter
-from loraforge.formats import peft
 
 Source = str | os.PathLike[str]
 

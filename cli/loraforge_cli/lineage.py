@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 
+from loraforge_cli.describe import Described
+from loraforge_cli.output import one_line
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.manifest import Artifact, Derivation, Input
 from loraforge_registry.store import Store
-
-from loraforge_cli.describe import Described
-from loraforge_cli.output import one_line
 
 Names = Mapping[Digest, str]
 

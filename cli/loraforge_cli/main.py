@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 import click
-from loraforge_registry.errors import LoraforgeError
 
 from loraforge_cli.output import one_line
+from loraforge_registry.errors import LoraforgeError
 
 # name: (module, summary). --help reads this table and imports no command.
 COMMANDS: Mapping[str, tuple[str, str]] = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import click
 from click.shell_completion import CompletionItem
+
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.store import Store
 

@@ -1,9 +1,6 @@
 """Sources as adapters in memory: only commands that compute import this, and torch with it."""
 
 import click
-from loraforge_registry.digest import Digest
-from loraforge_registry.manifest import Artifact
-from loraforge_registry.names import RefName
 
 from loraforge.adapter import Adapter
 from loraforge.compose import RerankReport
@@ -13,6 +10,9 @@ from loraforge_cli.describe import Described, describe
 from loraforge_cli.options import Session, is_path
 from loraforge_cli.output import by_layer, count, emit, size, spread, table
 from loraforge_cli.summary import line
+from loraforge_registry.digest import Digest
+from loraforge_registry.manifest import Artifact
+from loraforge_registry.names import RefName
 
 
 def open_source(session: Session, source: str) -> Adapter:

@@ -1,13 +1,13 @@
 """Who an adapter is: the artifact it came from, the way it was made, or what it computes."""
 
 from blake3 import blake3
+
+from loraforge.adapter.model import Adapter
+from loraforge.adapter.tensors import dtype_name, named_tensors, raw_bytes
 from loraforge_registry import layout
 from loraforge_registry.digest import Digest
 from loraforge_registry.header import TensorEntry
 from loraforge_registry.manifest import Artifact, Derivation
-
-from loraforge.adapter.model import Adapter
-from loraforge.adapter.tensors import dtype_name, named_tensors, raw_bytes
 
 
 def content_id(adapter: Adapter) -> Digest:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from loraforge_registry.config import Settings, scale_of
-from loraforge_registry.manifest import Artifact, Derivation
 from torch import Tensor
 
 from loraforge.errors import NumericalError
+from loraforge_registry.config import Settings, scale_of
+from loraforge_registry.manifest import Artifact, Derivation
 
 Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from loraforge_registry.layout import SUFFIXES
 from torch import Tensor
 
 from loraforge.adapter.model import Adapter
+from loraforge_registry.layout import SUFFIXES
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from loraforge_registry.config import Settings
 from torch import Tensor
 
 from loraforge.adapter import Adapter
 from loraforge.errors import CompositionError
+from loraforge_registry.config import Settings
 
 Term = tuple[Adapter, float]
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from loraforge_registry.manifest import Derivation, Input
 from torch import Tensor
 
 from loraforge.adapter import Adapter, LowRank, identity
 from loraforge.compose._additive import Term, check_additive, common_extras, common_settings, without_extras
 from loraforge.errors import CompositionError
+from loraforge_registry.manifest import Derivation, Input
 
 _Scaled = tuple[LowRank, float]
 

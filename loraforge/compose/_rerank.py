@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from loraforge_registry.canonical import Value
-from loraforge_registry.manifest import Derivation, Input
 
 from loraforge import lowrank
 from loraforge.adapter import Adapter, LowRank, identity
 from loraforge.compose._additive import check_additive
 from loraforge.errors import CompositionError
 from loraforge.lowrank import Factored
+from loraforge_registry.canonical import Value
+from loraforge_registry.manifest import Derivation, Input
 
 
 @dataclass(frozen=True)

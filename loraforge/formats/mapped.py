@@ -3,11 +3,11 @@
 import mmap
 
 import torch
-from loraforge_registry.header import Header, TensorEntry
 from torch import Tensor
 
 from loraforge.adapter import DTYPES
 from loraforge.errors import HeaderError
+from loraforge_registry.header import Header, TensorEntry
 
 
 def map_tensors(fd: int, header: Header) -> dict[str, Tensor]:

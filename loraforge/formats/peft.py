@@ -5,12 +5,17 @@ default. Loading and saving keeps every bit of every tensor, and the content id.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
+from loraforge.adapter import Adapter, Kind, LowRank, named_tensors, raw_bytes
+from loraforge.adapter.tensors import dtype_name
+from loraforge.errors import CompositionError, FormatError
+from loraforge.formats.mapped import map_tensors
 from loraforge_registry.config import AdapterConfig, Scaling, encode_config, parse_config
 from loraforge_registry.export import write_directory
 from loraforge_registry.files import Buffer
@@ -18,11 +23,6 @@ from loraforge_registry.header import Header, encode_header, parse_header
 from loraforge_registry.ingest import Incoming, find_adapter, open_adapter, open_source
 from loraforge_registry.layout import PREFIX, Target, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
-
-from loraforge.adapter import Adapter, Kind, LowRank, named_tensors, raw_bytes
-from loraforge.adapter.tensors import dtype_name
-from loraforge.errors import CompositionError, FormatError
-from loraforge.formats.mapped import map_tensors
 
 T = TypeVar("T", int, float)
 
@@ -118,9 +118,9 @@ def config_of(adapter: Adapter) -> AdapterConfig:
     alpha = _commonest(pair.alpha for pair in pairs.values())
     # PEFT before 0.15 finds one key for both patterns: a target in one of them must be in both
     odd = [name for name, pair in pairs.items() if pair.rank != rank or pair.alpha != alpha]
-    odd = _with_shadowed(odd, pairs)
-    ranks = {name: pairs[name].rank for name in odd}
-    alphas = {name: pairs[name].alpha for name in odd}
+    keys = {name: _pattern_key(name, pairs) for name in odd}
+    ranks = {keys[name]: pairs[name].rank for name in odd}
+    alphas = {keys[name]: pairs[name].alpha for name in odd}
     biased = any(pair.bias is not None for pair in pairs.values())
     scaling = Scaling(
         rank=rank,
@@ -134,18 +134,13 @@ def config_of(adapter: Adapter) -> AdapterConfig:
     return AdapterConfig(_with_targets(adapter).settings, scaling)
 
 
-def _with_shadowed(odd: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the targets that need a pattern of their own, longest first.
+def _pattern_key(name: str, names: Iterable[str]) -> str:
+    """Return a key of rank_pattern and alpha_pattern that matches this target and no other.
 
-    A key also matches every longer path that ends in it, and the first match wins: so longer paths come first, and a
-    path that a key would match by mistake gets its own.
+    A plain path also matches every longer path that ends in it. Order cannot help, since PEFT sorts the keys when it
+    saves again, so such a path is anchored. (PEFT 0.14 does not know anchors, and has no way to say this.)
     """
-    keys = set(odd)
-    for name in names:
-        parts = name.split(".")
-        if any(".".join(parts[start:]) in keys for start in range(1, len(parts))):
-            keys.add(name)
-    return sorted(keys, key=lambda name: (-len(name), name))
+    return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name
 
 
 def _with_targets(adapter: Adapter) -> Adapter:

@@ -160,8 +160,7 @@ def encode_config(config: AdapterConfig) -> bytes:
         "use_rslora": scaling.rslora,
     }
     fields |= {key: value for key, value in optional.items() if value}
-    # not sort_keys: the order of patterns decides which one wins
-    return (json.dumps({key: fields[key] for key in sorted(fields)}, indent=2) + "\n").encode()
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
 class _Fields:

@@ -1,9 +1,9 @@
 """``loraforge compose``: several adapters into one."""
 
 import click
-from loraforge_registry.names import RefName
 
 from loraforge_cli.options import SOURCE, Session, common, refuse_url
+from loraforge_registry.names import RefName
 
 
 @click.command("compose")

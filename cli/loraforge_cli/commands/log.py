@@ -3,14 +3,14 @@
 import datetime as dt
 
 import click
-from loraforge_registry.names import Reference
-from loraforge_registry.refs import Move
-from loraforge_registry.store import Store
 
 from loraforge_cli.describe import describe
 from loraforge_cli.lineage import names_by_digest, tree
 from loraforge_cli.options import SOURCE, Session, common
 from loraforge_cli.output import emit, table
+from loraforge_registry.names import Reference
+from loraforge_registry.refs import Move
+from loraforge_registry.store import Store
 
 
 @click.command("log")

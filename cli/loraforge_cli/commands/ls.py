@@ -1,11 +1,11 @@
 """``loraforge ls``: names and what they mean."""
 
 import click
-from loraforge_registry.names import RefName
-from loraforge_registry.store import Named
 
 from loraforge_cli.options import Session, common
 from loraforge_cli.output import count, emit, note, size, table
+from loraforge_registry.names import RefName
+from loraforge_registry.store import Named
 
 
 @click.command("ls")

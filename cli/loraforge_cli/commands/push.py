@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 
 import click
-from loraforge_registry.errors import ReferenceSyntaxError
-from loraforge_registry.ingest import find_adapter, open_adapter
-from loraforge_registry.names import RefName
 
 from loraforge_cli.describe import describe
 from loraforge_cli.options import SOURCE, Session, common, is_path, refuse_url
 from loraforge_cli.output import emit, note
 from loraforge_cli.summary import line
+from loraforge_registry.errors import ReferenceSyntaxError
+from loraforge_registry.ingest import find_adapter, open_adapter
+from loraforge_registry.names import RefName
 
 
 @click.command("push")

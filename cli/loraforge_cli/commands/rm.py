@@ -1,10 +1,10 @@
 """``loraforge rm``: take a name away."""
 
 import click
-from loraforge_registry.names import RefName
 
 from loraforge_cli.options import SOURCE, Session, common
 from loraforge_cli.output import emit
+from loraforge_registry.names import RefName
 
 
 @click.command("rm")

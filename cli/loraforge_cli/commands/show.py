@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import click
-from loraforge_registry.ingest import examine, open_adapter
-from loraforge_registry.names import Reference
 
 from loraforge_cli.describe import Described, describe
 from loraforge_cli.lineage import names_by_digest, tree
 from loraforge_cli.options import SOURCE, Session, common, is_path, refuse_url
 from loraforge_cli.output import by_layer, count, emit, facts, size, spread, table
+from loraforge_registry.ingest import examine, open_adapter
+from loraforge_registry.names import Reference
 
 
 @click.command("show")

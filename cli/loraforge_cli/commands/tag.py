@@ -1,10 +1,10 @@
 """``loraforge tag``: another name."""
 
 import click
-from loraforge_registry.names import RefName
 
 from loraforge_cli.options import SOURCE, Session, common
 from loraforge_cli.output import emit
+from loraforge_registry.names import RefName
 
 
 @click.command("tag")
