@@ -21,27 +21,21 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, shrink: int = 0) -> str:
-    """Return rows in aligned columns; the column ``shrink`` gives way where 80 columns are not enough.
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows in aligned columns; where 80 are not enough, the widest columns give way.
 
     A column whose header ends in ``>`` is aligned to the right.
     """
     names = [name.removesuffix(">") for name in header]
     cells = [names, *[[one_line(cell) for cell in row] for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    surplus = sum(widths) + 2 * (len(widths) - 1) - WIDTH
-    if surplus > 0:
-        widths[shrink] = max(widths[shrink] - surplus, 12)
-    lines = []
-    for row in cells:
-        parts = [
-            cell.rjust(width) if name.endswith(">") else cell.ljust(width)
-            for cell, width, name in zip(
-                (elide(c, w) for c, w in zip(row, widths, strict=True)), widths, header, strict=True
-            )
-        ]
-        lines.append("  ".join(parts).rstrip())
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        widths[widths.index(max(widths))] -= 1
+    align = [str.rjust if name.endswith(">") else str.ljust for name in header]
+    return "\n".join(
+        "  ".join(put(elide(cell, w), w) for put, cell, w in zip(align, row, widths, strict=True)).rstrip()
+        for row in cells
+    )
 
 
 def elide(text: str, width: int) -> str:

@@ -8,6 +8,8 @@ import torch
 from loraforge import lowrank
 from loraforge.adapter import Adapter, LowRank
 
+_ROUNDING = 1e-14  # what float64 leaves of a difference that is none
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -53,6 +55,7 @@ def _difference(name: str, before: LowRank | None, after: LowRank | None) -> Dif
         relative = None
     else:
         relative = _norm_of_difference(before, after) / size if size else 0.0
+        relative = 0.0 if relative < _ROUNDING else relative
     return Difference(name, norms[0], norms[1], relative)
 
 

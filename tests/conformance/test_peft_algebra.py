@@ -141,7 +141,7 @@ def _effect(written, x):
 @pytest.mark.parametrize("name", ["dora_linear", "modules_to_save", "trainable_tokens", "bias_all", "conv2d_grouped"])
 def test_refuses_what_is_not_additive_and_says_what_to_do(name, tmp_path):
     adapters = [lf.load(write(CASES[name], tmp_path / str(seed), seed=seed).folder) for seed in (0, 1)]
-    with pytest.raises(lf.LoraforgeError, match="DoRA|drop_saved|grouped"):
+    with pytest.raises(lf.LoraforgeError, match=r"DoRA|drop_saved|grouped"):
         lf.linear([(adapters[0], 0.5), (adapters[1], 0.5)])
     if name in ("modules_to_save", "trainable_tokens", "bias_all"):
         assert not lf.linear([(adapters[0], 0.5), (adapters[1], 0.5)], drop_saved=True).extras

@@ -52,7 +52,7 @@ def command(session: Session, *, before: str, after: str, every: bool) -> None:
 def _print_settings(settings: dict[str, list[object]]) -> None:
     if settings:
         rows = [[key, _value(old), _value(new)] for key, (old, new) in settings.items()]
-        click.echo(table(["SETTING", "BEFORE", "AFTER"], rows, shrink=2) + "\n")
+        click.echo(table(["SETTING", "BEFORE", "AFTER"], rows) + "\n")
 
 
 def _value(value: object) -> str:

@@ -65,4 +65,4 @@ def _show_moves(session: Session, moves: list[Move]) -> None:
         ]
         for move in moves
     ]
-    click.echo(table(["WHEN", "TAG", "FROM", "TO", "WHAT", "WHO"], rows, shrink=1))
+    click.echo(table(["WHEN", "TAG", "FROM", "TO", "WHAT", "WHO"], rows))

@@ -21,11 +21,7 @@ def command(session: Session, *, name: str | None) -> None:
         note("nothing here yet: loraforge push ./adapter NAME:TAG", quiet=session.quiet)
         return
     header = ["NAME", "DIGEST", "RANK>", "PARAMS>", "SIZE>", "MADE BY", "BASE"]
-    click.echo(table(header, [_row(line) for line in lines], shrink=0 if _longest_name(lines) > 34 else 6))
-
-
-def _longest_name(lines: list[Named]) -> int:
-    return max(len(str(line.ref)) for line in lines)
+    click.echo(table(header, [_row(line) for line in lines]))
 
 
 def _row(line: Named) -> list[str]:

@@ -237,7 +237,7 @@ def test_numbers_that_are_none_are_refused_by_name(bad):
 )
 def test_criteria_that_cannot_be_are_refused(criteria):
     adapter = Adapter({"t": pair("linear", 6, 5, 2, alpha=2.0, rslora=False, seed=1)})
-    with pytest.raises(lf.LoraforgeError, match="expected|exactly one"):
+    with pytest.raises(lf.LoraforgeError, match=r"expected|exactly one"):
         lf.rerank(adapter, **criteria)
 
 
