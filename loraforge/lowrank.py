@@ -15,11 +15,13 @@ from torch import Tensor
 class Factored:
     """The singular value decomposition of ``b @ a``, its bases still inside their QR factors.
 
-    ``s`` (p) descends, p = min(m, n, R). ``u_core`` (pb, p) and ``v_core`` (pa, p) are the singular vectors in the
-    coordinates of the two orthonormal bases, which are kept as LAPACK leaves them (``geqrf``).
+    ``s`` (p) descends, p = min(m, n, R); ``size`` is ``|b|_F |a|_F``, which its rounding errors are in proportion to.
+    ``u_core`` (pb, p) and ``v_core`` (pa, p) are the singular vectors in the coordinates of the two orthonormal bases,
+    which are kept as LAPACK leaves them (``geqrf``).
     """
 
     s: Tensor
+    size: float
     u_core: Tensor
     v_core: Tensor
     _b_qr: tuple[Tensor, Tensor]
@@ -49,10 +51,11 @@ def decompose(a: Tensor, b: Tensor) -> Factored:
     a, b = _work(a), _work(b)
     b_qr = _qr(b)
     a_qr = _qr(a.T)
-    core = _r_factor(b_qr) @ _r_factor(a_qr).T  # (min(m, R), min(n, R))
+    r_b, r_a = _r_factor(b_qr), _r_factor(a_qr)
+    core = r_b @ r_a.T  # (min(m, R), min(n, R))
     # the core is small: on the CPU whatever the device, where LAPACK neither waits for a queue nor gives up
     u, s, vh = torch.linalg.svd(core.cpu(), full_matrices=False)
-    return Factored(s, u.to(b.device), vh.T.to(a.device), b_qr, a_qr)
+    return Factored(s, float(r_b.norm() * r_a.norm()), u.to(b.device), vh.T.to(a.device), b_qr, a_qr)
 
 
 def truncate(found: Factored, rank: int) -> tuple[Tensor, Tensor]:
@@ -73,9 +76,9 @@ def tail_error(s: Tensor, rank: int) -> float:
     return float(s[rank:].square().sum().sqrt())
 
 
-def numerical_rank(s: Tensor, scale: float) -> int:
-    """Count the singular values above rounding: those over ``1e-13 * scale``, scale being ``|b| |a|``."""
-    return int((s > 1e-13 * scale).sum())
+def numerical_rank(found: Factored) -> int:
+    """Count the singular values above rounding: those over ``1e-13 |b| |a|``."""
+    return int((found.s > 1e-13 * found.size).sum())
 
 
 def rank_for_energy(s: Tensor, share: float) -> int:

@@ -6,7 +6,7 @@ as PEFT's ``linear`` does, gives a product of sums).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -64,7 +64,7 @@ def linear(terms: Sequence[Term], *, base: str | None = None, drop_saved: bool =
     targets = {name: _sum(name, [(a.targets[name], w) for a, w in terms if name in a.targets]) for name in names}
     parameters = {"base": base} if base else {}
     derivation = Derivation("linear", 1, recorded, parameters | ({"drop_saved": True} if drop_saved else {}))
-    return Adapter(targets, settings, extras, derivation=derivation)
+    return Adapter(_with_biases(targets), settings, extras, derivation=derivation)
 
 
 def _sum(name: str, pairs: Sequence[_Scaled]) -> LowRank:
@@ -87,9 +87,21 @@ def _concatenate(pairs: Sequence[_Scaled]) -> LowRank:
     device = pairs[0][0].a.device
     a = torch.cat([_scaled(pair.a, math.sqrt(abs(c)), dtype, device) for pair, c in pairs], dim=0)
     b = torch.cat([_scaled(pair.b, math.copysign(math.sqrt(abs(c)), c), dtype, device) for pair, c in pairs], dim=1)
-    biases = [pair.bias.to(torch.float64) * c for pair, c in pairs if pair.bias is not None]
+    biases = [_scaled(pair.bias, c, torch.float64, device) for pair, c in pairs if pair.bias is not None]
     bias = torch.stack(biases).sum(0).to(dtype) if biases else None
     return LowRank(pairs[0][0].kind, a, b, alpha=float(a.shape[0]), bias=bias)
+
+
+def _with_biases(targets: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Give every pair a bias if one has: PEFT's lora_bias is for all or none, and a zero adds nothing."""
+    if not any(pair.bias is not None for pair in targets.values()):
+        return dict(targets)
+    return {
+        name: pair
+        if pair.bias is not None or pair.kind == "embedding"
+        else replace(pair, bias=pair.b.new_zeros(pair.b.shape[0]))
+        for name, pair in targets.items()
+    }
 
 
 def _merge_equal(pairs: Sequence[_Scaled]) -> list[_Scaled]:

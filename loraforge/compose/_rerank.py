@@ -109,16 +109,20 @@ def rerank(
     return Reranked(result, _overall({name: report for name, (_, report) in done.items()}, adapter, result))
 
 
-def _rerank_one(pair: LowRank, choose: Callable[[LowRank, torch.Tensor], int]) -> tuple[LowRank, TargetReport]:
-    """Decompose, choose a rank from the singular values of dW, truncate."""
-    a, b = pair.matrices
-    found = lowrank.decompose(a, b)
-    s = found.s * abs(pair.scale)
-    rank = choose(pair, s)
-    norm = float(s.square().sum().sqrt())
-    error = lowrank.tail_error(s, rank) / norm if norm else 0.0
-    report = TargetReport(pair.rank, rank, error, norm, tuple(s.tolist()))
-    return _truncate(pair, replace(found, s=s), rank), report
+def _rerank_one(pair: LowRank, choose: Callable[[Factored], int]) -> tuple[LowRank, TargetReport]:
+    """Decompose, choose a rank from what is found, truncate."""
+    found = _decompose(pair)
+    rank = choose(found)
+    norm = float(found.s.square().sum().sqrt())
+    error = lowrank.tail_error(found.s, rank) / norm if norm else 0.0
+    report = TargetReport(pair.rank, rank, error, norm, tuple(found.s.tolist()))
+    return _truncate(pair, found, rank), report
+
+
+def _decompose(pair: LowRank) -> Factored:
+    """The decomposition of dW, the scale in its singular values (its sign goes back on in ``_truncate``)."""
+    found, scale = lowrank.decompose(*pair.matrices), abs(pair.scale)
+    return replace(found, s=found.s * scale, size=found.size * scale)
 
 
 def _truncate(pair: LowRank, found: Factored, rank: int) -> LowRank:
@@ -143,40 +147,31 @@ def _overall(reports: Mapping[str, TargetReport], before: Adapter, after: Adapte
 
 
 def _rank_of_one(
-    _name: str,
-    pair: LowRank,
-    s: torch.Tensor,
-    *,
-    rank: int | None,
-    energy: float | None,
-    min_rank: int,
-    max_rank: int | None,
+    _name: str, found: Factored, *, rank: int | None, energy: float | None, min_rank: int, max_rank: int | None
 ) -> int:
-    wanted = rank if energy is None else max(lowrank.rank_for_energy(s, energy), min_rank)
-    return min(wanted or 1, _most(pair, s, max_rank))
+    wanted = rank if energy is None else max(lowrank.rank_for_energy(found.s, energy), min_rank)
+    return min(wanted or 1, _most(found, max_rank))
 
 
-def _most(pair: LowRank, s: torch.Tensor, max_rank: int | None) -> int:
+def _most(found: Factored, max_rank: int | None) -> int:
     """The most rank a target may get: what is there above the rounding of its factors; at least 1."""
-    a, b = pair.matrices
-    scale = float(torch.linalg.matrix_norm(a.double()) * torch.linalg.matrix_norm(b.double())) * abs(pair.scale)
-    there = min(max(lowrank.numerical_rank(s, scale), 1), pair.rank)
+    there = max(lowrank.numerical_rank(found), 1)
     return there if max_rank is None else min(there, max_rank)
 
 
 def _within_budget(
     adapter: Adapter, min_rank: int, max_rank: int | None, budget: int
-) -> Callable[[str, LowRank, torch.Tensor], int]:
+) -> Callable[[str, Factored], int]:
     """Give ranks in the order of error removed for each parameter, ``s^2 / (m + n)``, while they fit.
 
     The singular values of all targets are needed before the first is truncated, so each is decomposed twice: keeping
     the bases of a 7B adapter meanwhile would take twice its size.
     """
     spectra: dict[str, torch.Tensor] = {}
+    most: dict[str, int] = {}
     for name, pair in adapter.targets.items():
-        a, b = pair.matrices
-        spectra[name] = lowrank.decompose(a, b).s * abs(pair.scale)
-    most = {name: _most(adapter.targets[name], s, max_rank) for name, s in spectra.items()}
+        found = _decompose(pair)
+        spectra[name], most[name] = found.s, _most(found, max_rank)
     cost = {name: pair.parameters // pair.rank for name, pair in adapter.targets.items()}  # m + n
     ranks = {name: min(min_rank, most[name]) for name in spectra}
     left = budget - sum(cost[name] * k for name, k in ranks.items())
@@ -192,7 +187,7 @@ def _within_budget(
         if cost[name] <= left:
             ranks[name] += 1
             left -= cost[name]
-    return lambda name, _pair, _s: ranks[name]
+    return lambda name, _found: ranks[name]
 
 
 def _check_criteria(

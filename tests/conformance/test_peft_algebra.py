@@ -119,7 +119,7 @@ def test_agrees_with_pefts_exact_combinations(kind, tmp_path):
 def test_lora_bias_adds_up(tmp_path):
     configs = [
         {"r": 2, "lora_alpha": 6, "lora_bias": True, "target_modules": ["fc"]},
-        {"r": 3, "lora_alpha": 2, "target_modules": ["fc"]},
+        {"r": 3, "lora_alpha": 2, "target_modules": ["fc", "head"]},
     ]
     written = [write(make.Case(make.two_linears, c), tmp_path / str(i), seed=i) for i, c in enumerate(configs)]
     first, second = (lf.load(item.folder) for item in written)
