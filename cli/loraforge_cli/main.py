@@ -94,10 +94,12 @@ def main() -> NoReturn:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as help_page:
+        click.echo(help_page.format_message())
     except click.Abort:
         _fail("interrupted", "interrupted", 130)
     except click.ClickException as error:
-        _fail("usage", error.format_message(), 2)
+        _fail("usage", _usage(error), 2)
     except LoraforgeError as error:
         _fail(error.kind, _text(error), EXIT_CODES[error.kind])
     except BrokenPipeError:
@@ -120,6 +122,13 @@ def _fail(kind: str, message: str, code: int) -> NoReturn:
     else:
         click.echo(f"loraforge: {message}", err=True)
     sys.exit(code)
+
+
+def _usage(error: click.ClickException) -> str:
+    """The sentence of a wrong command line, with where to look where it does not say so itself."""
+    message = error.format_message()
+    where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+    return f"{message.rstrip('.')} (see {where} --help)" if message.endswith(".") and where else message
 
 
 def _text(error: LoraforgeError) -> str:

@@ -16,11 +16,11 @@ from loraforge.adapter import Adapter, Kind, LowRank, named_tensors, raw_bytes
 from loraforge.adapter.tensors import dtype_name
 from loraforge.errors import CompositionError, FormatError
 from loraforge.formats.mapped import map_tensors
-from loraforge_registry.config import AdapterConfig, Scaling, encode_config, parse_config
+from loraforge_registry.config import MAX_BYTES, AdapterConfig, Scaling, encode_config, parse_config
 from loraforge_registry.export import write_directory
 from loraforge_registry.files import Buffer
-from loraforge_registry.header import Header, encode_header, parse_header
-from loraforge_registry.ingest import Incoming, find_adapter, open_adapter, open_source
+from loraforge_registry.header import Header, encode_header, parse_header, read_header
+from loraforge_registry.ingest import Incoming, find_adapter, open_source, read_small
 from loraforge_registry.layout import PREFIX, Target, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
 
@@ -37,9 +37,10 @@ def load(source: str | os.PathLike[str]) -> Adapter:
         FormatError: config or tensors are refused; the message names the file, and the field or tensor.
     """
     path = Path(source).expanduser()
-    with open_adapter(path) as incoming, open_source(find_adapter(path).weights) as fd:
+    paths = find_adapter(path)
+    with open_source(paths.weights) as fd:
         try:
-            return read(fd, incoming.header, incoming.config)
+            return read(fd, read_header(fd), read_small(paths.config, MAX_BYTES))
         except FormatError as error:
             raise type(error)(f"{path}: {error}") from error
 

@@ -9,9 +9,11 @@ from loraforge_cli.describe import describe
 from loraforge_cli.options import SOURCE, Session, common, is_path, refuse_url
 from loraforge_cli.output import emit, note
 from loraforge_cli.summary import line
-from loraforge_registry.errors import ReferenceSyntaxError
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError
 from loraforge_registry.ingest import find_adapter, open_adapter
 from loraforge_registry.names import RefName
+from loraforge_registry.store import Store
 
 
 @click.command("push")
@@ -29,7 +31,7 @@ def command(session: Session, *, source: str, name: str | None, force: bool) -> 
     store = session.store()
     ref = _name(source) if name is None else RefName.parse(name)
     if not is_path(source):
-        digest = store.resolve(source)
+        digest = _stored(store, source)
         store.tag(digest, ref, force=force, what="push")
     else:
         path = Path(source).expanduser()
@@ -43,6 +45,13 @@ def command(session: Session, *, source: str, name: str | None, force: bool) -> 
         emit(described.as_json())
     else:
         click.echo(line(described))
+
+
+def _stored(store: Store, source: str) -> Digest:
+    try:
+        return store.resolve(source)
+    except NotFoundError as error:
+        raise NotFoundError(f"{source}: no such file or directory, and {error}") from error
 
 
 def _name(source: str) -> RefName:
