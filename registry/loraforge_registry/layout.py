@@ -36,7 +36,14 @@ SUFFIXES: Mapping[str, str] = {
 }
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
-_CONV_KINDS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+# (dimensions of A, is an embedding): kind
+_KINDS = {
+    (2, False): "linear",
+    (2, True): "embedding",
+    (3, False): "conv1d",
+    (4, False): "conv2d",
+    (5, False): "conv3d",
+}
 # PEFT adds these to modules_to_save by task, whether or not the model has them.
 _OPTIONAL_SAVED = frozenset({"classifier", "score", "qa_outputs"})
 # Targets whose base weight PEFT writes along (EMBEDDING_LAYER_NAMES there).
@@ -183,7 +190,7 @@ def _check_factors(
     name: str, a: TensorEntry, b: TensorEntry, rank: int, *, embedding: bool
 ) -> tuple[str, tuple[int, ...], int]:
     """Return (kind, shape of the weight, convolution groups) of a pair whose shapes agree."""
-    kind = "embedding" if embedding else _CONV_KINDS.get(len(a.shape), "")
+    kind = _KINDS.get((len(a.shape), embedding), "")
     fits = kind != "" and len(b.shape) == len(a.shape) and set(b.shape[2:]) <= {1} and 0 not in a.shape + b.shape
     grouped = fits and kind.startswith("conv") and a.shape[0] % b.shape[1] == 0
     if not fits or not (a.shape[0] == b.shape[1] or grouped):

@@ -85,7 +85,7 @@ def test_a_zero_matrix_has_no_rank():
     zero = torch.zeros(3, 5, dtype=torch.float64)
     found = lowrank.decompose(zero, torch.zeros(4, 3, dtype=torch.float64))
     assert lowrank.rank_for_energy(found.s, 0.9) == 0
-    assert lowrank.numerical_rank(found.s, 1.0) == 0
+    assert lowrank.numerical_rank(found) == 0
 
 
 def test_inputs_are_not_changed():
