@@ -1,24 +1,21 @@
 """Adapters in and out of a store: where the algebra meets the registry."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from loraforge.adapter import Adapter
 from loraforge.formats import peft
 from loraforge_registry.canonical import Value
 from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import StoreError
+from loraforge_registry.errors import ConflictError, FormatError, StoreError
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.ingest import TensorHasher, open_adapter
 from loraforge_registry.manifest import CONFIG_FILE, Artifact, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.objects import read_chunks
+from loraforge_registry.paths import AnyPath, expand, is_path
 from loraforge_registry.store import Named, Store
-
-Source = str | os.PathLike[str]
 
 
 class Registry:
@@ -31,12 +28,12 @@ class Registry:
         StoreError: the directory is something else than a store, or of a newer format.
     """
 
-    def __init__(self, path: Source | None = None) -> None:
+    def __init__(self, path: AnyPath | None = None) -> None:
         self.store = Store(path)
 
     def push(
         self,
-        source: Adapter | Source,
+        source: Adapter | AnyPath,
         name: str | None = None,
         *,
         report: Mapping[str, Value] | None = None,
@@ -56,7 +53,7 @@ class Registry:
             incoming = peft.encode(source)
             found = self.store.put(incoming, derivation=source.derivation, report=report, name=ref, force=force)
             return found.digest
-        with open_adapter(Path(source).expanduser()) as incoming:
+        with open_adapter(expand(source)) as incoming:
             return self.store.put(incoming, name=ref, force=force).digest
 
     def load(self, reference: str, *, verify: bool = True) -> Adapter:
@@ -73,20 +70,23 @@ class Registry:
         manifest = self.store.manifest(digest)
         config = self.store.read_file(manifest.file(CONFIG_FILE), MAX_BYTES)
         with self.store.open_weights(manifest) as fd:
-            header = read_header(fd)
-            if verify:
-                _verify(fd, header, manifest)
-            adapter = peft.read(fd, header, config)
+            try:
+                header = read_header(fd)
+                if verify:
+                    _verify(fd, header, manifest)
+                adapter = peft.read(fd, header, config)
+            except (FormatError, ConflictError) as error:  # it was well-formed when it was stored
+                raise StoreError(f"{digest} is damaged in {self.store.path}: {error}") from error
         return replace(adapter, origin=Artifact(digest, manifest.content_id), derivation=manifest.derivation)
 
-    def pull(self, reference: str, to: Source) -> None:
+    def pull(self, reference: str, to: AnyPath) -> None:
         """Write a stored adapter as a PEFT directory, every byte checked.
 
         Raises:
             NotFoundError: nothing has this reference.
             ConflictError: ``to`` exists with other contents.
         """
-        self.store.export(self.store.resolve(reference), Path(to).expanduser())
+        self.store.export(self.store.resolve(reference), expand(to))
 
     def ls(self) -> list[Named]:
         """Return every name with a line about its artifact, sorted."""
@@ -101,7 +101,7 @@ class Registry:
         self.store.remove(RefName.parse(name))
 
 
-def load(source: Source, *, registry: Registry | None = None) -> Adapter:
+def load(source: AnyPath, *, registry: Registry | None = None) -> Adapter:
     """Open an adapter: a path (contains a ``/``, or exists), or a reference into the store.
 
     Raises:
@@ -113,16 +113,10 @@ def load(source: Source, *, registry: Registry | None = None) -> Adapter:
     return (registry or Registry()).load(str(source))
 
 
-def is_path(source: Source) -> bool:
-    """Whether ``source`` means a path rather than a reference."""
-    return not isinstance(source, str) or "/" in source or source in (".", "..") or Path(source).exists()
-
-
 def _verify(fd: int, header: Header, manifest: Manifest) -> None:
     hasher = TensorHasher(header)
     for chunk in read_chunks(fd):
         hasher.feed(chunk)
-    found = {tensor.entry.name: tensor.digest for tensor in hasher.finish()}
-    for tensor in manifest.tensors:
-        if found.get(tensor.entry.name) != tensor.digest:
-            raise StoreError(f"tensor {tensor.entry.name!r} is not what was stored: its bytes are damaged")
+    hasher.check_complete()
+    if sorted(hasher.tensors, key=lambda tensor: tensor.entry.name) != list(manifest.tensors):
+        raise FormatError("its tensors are not the ones that were stored")

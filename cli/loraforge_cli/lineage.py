@@ -18,22 +18,30 @@ def names_by_digest(store: Store) -> dict[Digest, str]:
 
 
 def tree(store: Store, described: Described, names: Names) -> Iterator[str]:
-    """Yield the lines of a lineage, the adapter first."""
+    """Yield the lines of a lineage, the adapter first; what stands twice in it is drawn once."""
     derivation = described.manifest.derivation
     label = str(described.ref) if described.ref else _label(described.digest, names)
     yield one_line(f"{label}{_operation(derivation)}")
-    if derivation is not None:
-        yield from _branches(store, derivation, names, "")
-
-
-def _branches(store: Store, derivation: Derivation, names: Names, indent: str) -> Iterator[str]:
-    for position, item in enumerate(derivation.inputs):
-        last = position == len(derivation.inputs) - 1
+    drawn: set[Digest] = set()
+    todo = _branches(derivation, "")
+    while todo:  # not recursion: a lineage may be longer than Python's stack
+        indent, last, weight, item = todo.pop()
         text, below = _source(store, item, names)
-        weight = f"{item.weight:g} x " if len(derivation.inputs) > 1 or item.weight != 1 else ""
-        yield one_line(f"{indent}{'└─ ' if last else '├─ '}{weight}{text}{_operation(below)}")
-        if below is not None:
-            yield from _branches(store, below, names, indent + ("   " if last else "│  "))
+        seen = isinstance(item.source, Artifact) and below is not None and item.source.digest in drawn
+        if isinstance(item.source, Artifact):
+            drawn.add(item.source.digest)
+        above = "  (as above)" if seen else _operation(below)
+        yield one_line(f"{indent}{'└─ ' if last else '├─ '}{weight}{text}{above}")
+        todo += [] if seen else _branches(below, indent + ("   " if last else "│  "))
+
+
+def _branches(derivation: Derivation | None, indent: str) -> list[tuple[str, bool, str, Input]]:
+    """The inputs of a derivation as (indent, is the last, weight, input), the last first."""
+    inputs = derivation.inputs if derivation else ()
+    return [
+        (indent, item is inputs[-1], f"{item.weight:g} x " if len(inputs) > 1 or item.weight != 1 else "", item)
+        for item in reversed(inputs)
+    ]
 
 
 def _source(store: Store, item: Input, names: Names) -> tuple[str, Derivation | None]:

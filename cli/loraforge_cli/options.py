@@ -69,13 +69,6 @@ def common(function: Callable[..., object]) -> Callable[..., object]:
     return run
 
 
-def is_path(source: str) -> bool:
-    """Whether a source means a path: it contains a slash, or exists."""
-    from pathlib import Path
-
-    return "/" in source or source in (".", "..") or Path(source).exists()
-
-
 def refuse_url(text: str) -> None:
     """Refuse a URL: this version has no remotes."""
     if "://" in text:

@@ -13,11 +13,13 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 def emit(value: object) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True))
+    click.echo(json.dumps(value, indent=2, sort_keys=True))  # ASCII: a path may hold bytes that are no text
 
 
 def one_line(text: str) -> str:
     """Escape what would break a line or move a terminal's cursor."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -7,12 +7,13 @@ from loraforge.compose import RerankReport
 from loraforge.formats import peft
 from loraforge.registry import Registry
 from loraforge_cli.describe import Described, describe
-from loraforge_cli.options import Session, is_path
+from loraforge_cli.options import Session
 from loraforge_cli.output import by_layer, count, emit, size, spread, table
 from loraforge_cli.summary import line
 from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Artifact
 from loraforge_registry.names import RefName
+from loraforge_registry.paths import is_path
 
 
 def open_source(session: Session, source: str) -> Adapter:

@@ -32,8 +32,14 @@ class Difference:
 def compare(before: Adapter, after: Adapter) -> list[Difference]:
     """Compare two adapters target by target.
 
+    Raises:
+        NumericalError: NaN or infinity in a factor.
+
     Cost: O((m + n) (r1 + r2)^2) for each target that both have; no dense matrix.
     """
+    for adapter in (before, after):
+        for name, pair in adapter.targets.items():
+            pair.check_finite(name)
     names = sorted({*before.targets, *after.targets})
     return [_difference(name, before.targets.get(name), after.targets.get(name)) for name in names]
 

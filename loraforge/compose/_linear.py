@@ -15,6 +15,7 @@ from torch import Tensor
 from loraforge.adapter import Adapter, LowRank, identity
 from loraforge.compose._additive import Term, check_additive, common_extras, common_settings, without_extras
 from loraforge.errors import CompositionError
+from loraforge_registry.config import MAX_ALPHA, MIN_ALPHA
 from loraforge_registry.manifest import Derivation, Input
 
 _Scaled = tuple[LowRank, float]
@@ -64,6 +65,8 @@ def linear(terms: Sequence[Term], *, base: str | None = None, drop_saved: bool =
     targets = {name: _sum(name, [(a.targets[name], w) for a, w in terms if name in a.targets]) for name in names}
     parameters = {"base": base} if base else {}
     derivation = Derivation("linear", 1, recorded, parameters | ({"drop_saved": True} if drop_saved else {}))
+    for name, pair in targets.items():
+        pair.check_finite(name)  # factors near the end of float32 can leave it
     return Adapter(_with_biases(targets), settings, extras, derivation=derivation)
 
 
@@ -75,7 +78,12 @@ def _sum(name: str, pairs: Sequence[_Scaled]) -> LowRank:
         return _zero(pairs[0][0])
     if len(merged) == 1:
         pair, weight = merged[0]
-        return replace(pair, alpha=weight * pair.scale * pair.rank, rslora=False)
+        alpha = weight * pair.scale * pair.rank
+        if not MIN_ALPHA <= abs(alpha) <= MAX_ALPHA:
+            raise CompositionError(
+                f"target {name!r}: the weight {weight:g} gives an alpha of {alpha:g}, beyond any use"
+            )
+        return replace(pair, alpha=alpha, rslora=False)
     if any(pair.groups > 1 for pair, _ in merged):
         raise CompositionError(f"target {name!r} is a grouped convolution: its factors cannot be stacked")
     return _concatenate([(pair, weight * pair.scale) for pair, weight in merged])

@@ -18,6 +18,8 @@ from loraforge.lowrank import Factored
 from loraforge_registry.canonical import Value
 from loraforge_registry.manifest import Derivation, Input
 
+_MOST = 2**53
+
 
 @dataclass(frozen=True)
 class TargetReport:
@@ -97,7 +99,7 @@ def rerank(
         choose = _within_budget(adapter, min_rank, max_rank, max_parameters)
     else:
         choose = partial(_rank_of_one, rank=rank, energy=energy, min_rank=min_rank, max_rank=max_rank)
-    done = {name: _rerank_one(pair, partial(choose, name)) for name, pair in adapter.targets.items()}
+    done = {name: _rerank_one(name, pair, choose) for name, pair in adapter.targets.items()}
     result = Adapter(
         targets={name: pair for name, (pair, _) in done.items()},
         settings=replace(
@@ -109,14 +111,14 @@ def rerank(
     return Reranked(result, _overall({name: report for name, (_, report) in done.items()}, adapter, result))
 
 
-def _rerank_one(pair: LowRank, choose: Callable[[Factored], int]) -> tuple[LowRank, TargetReport]:
+def _rerank_one(name: str, pair: LowRank, choose: Callable[[str, Factored], int]) -> tuple[LowRank, TargetReport]:
     """Decompose, choose a rank from what is found, truncate."""
     found = _decompose(pair)
-    rank = choose(found)
+    rank = choose(name, found)
     norm = float(found.s.square().sum().sqrt())
     error = lowrank.tail_error(found.s, rank) / norm if norm else 0.0
     report = TargetReport(pair.rank, rank, error, norm, tuple(found.s.tolist()))
-    return _truncate(pair, found, rank), report
+    return _truncate(name, pair, found, rank), report
 
 
 def _decompose(pair: LowRank) -> Factored:
@@ -125,19 +127,21 @@ def _decompose(pair: LowRank) -> Factored:
     return replace(found, s=found.s * scale, size=found.size * scale)
 
 
-def _truncate(pair: LowRank, found: Factored, rank: int) -> LowRank:
+def _truncate(name: str, pair: LowRank, found: Factored, rank: int) -> LowRank:
     if rank == pair.rank:
         return replace(pair, alpha=pair.scale * pair.rank, rslora=False)
     a, b = lowrank.truncate(found, rank)
     b = b if pair.scale > 0 else -b
     dtype = torch.float64 if pair.a.dtype == torch.float64 else torch.float32
-    return LowRank(
+    result = LowRank(
         kind=pair.kind,
         a=a.to(device=pair.a.device, dtype=dtype).reshape(rank, *pair.a.shape[1:]).contiguous(),
         b=b.to(device=pair.b.device, dtype=dtype).reshape(pair.b.shape[0], rank, *pair.b.shape[2:]).contiguous(),
         alpha=float(rank),
         bias=None if pair.bias is None else (pair.bias.to(torch.float64) * pair.scale).to(dtype),
     )
+    result.check_finite(name)  # factors near the end of float32 can leave it
+    return result
 
 
 def _overall(reports: Mapping[str, TargetReport], before: Adapter, after: Adapter) -> RerankReport:
@@ -205,9 +209,16 @@ def _check_criteria(
         )
     if energy is not None and not 0 < energy <= 1:
         raise CompositionError(f"energy is {energy}; expected a share above 0, up to 1")
-    for name, value in (("rank", rank), ("max_parameters", max_parameters), ("min_rank", min_rank)):
+    for name, value in (
+        ("rank", rank),
+        ("max_parameters", max_parameters),
+        ("min_rank", min_rank),
+        ("max_rank", max_rank),
+    ):
         if value is not None and value < 1:
             raise CompositionError(f"{name} is {value}; expected at least 1")
+        if value is not None and value > _MOST:
+            raise CompositionError(f"{name} is {value}; expected at most {_MOST}")
     if max_rank is not None and max_rank < min_rank:
         raise CompositionError(f"max_rank {max_rank} is below min_rank {min_rank}")
     if rank is not None and (min_rank > 1 or max_rank is not None):

@@ -4,12 +4,10 @@ What is written is canonical: sorted keys, the metadata exactly ``{"format": "pt
 default. Loading and saving keeps every bit of every tensor, and the content id.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar, cast
 
 from loraforge.adapter import Adapter, Kind, LowRank, named_tensors, raw_bytes
@@ -23,11 +21,12 @@ from loraforge_registry.header import Header, encode_header, parse_header, read_
 from loraforge_registry.ingest import Incoming, find_adapter, open_source, read_small
 from loraforge_registry.layout import PREFIX, Target, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
+from loraforge_registry.paths import AnyPath, expand
 
 T = TypeVar("T", int, float)
 
 
-def load(source: str | os.PathLike[str]) -> Adapter:
+def load(source: AnyPath) -> Adapter:
     """Open a PEFT directory, or a safetensors file with its config beside it.
 
     Cost: reads the config and the header; tensors are mapped, and read when they are used.
@@ -36,7 +35,7 @@ def load(source: str | os.PathLike[str]) -> Adapter:
         NotFoundError: no adapter is there.
         FormatError: config or tensors are refused; the message names the file, and the field or tensor.
     """
-    path = Path(source).expanduser()
+    path = expand(source)
     paths = find_adapter(path)
     with open_source(paths.weights) as fd:
         try:
@@ -70,7 +69,7 @@ def read(fd: int, header: Header, config: bytes) -> Adapter:
     )
 
 
-def save(adapter: Adapter, target: str | os.PathLike[str]) -> None:
+def save(adapter: Adapter, target: AnyPath) -> None:
     """Write a directory that PEFT loads as it is; it appears complete or not at all.
 
     Raises:
@@ -83,7 +82,7 @@ def save(adapter: Adapter, target: str | os.PathLike[str]) -> None:
         CONFIG_FILE: lambda: [incoming.config],
         WEIGHTS_FILE: lambda: incoming.chunks,
     }
-    write_directory(Path(target).expanduser(), contents)
+    write_directory(expand(target), contents)
 
 
 def encode(adapter: Adapter) -> Incoming:
@@ -97,15 +96,15 @@ def encode(adapter: Adapter) -> Incoming:
     start = encode_header((name, dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items())
     size = len(start) + sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     header = parse_header(start[8:], size)
-    config = config_of(adapter)
-    read_layout(config, header.tensors)  # what we write passes the gate that others' files pass
+    config = encode_config(config_of(adapter))
+    read_layout(parse_config(config), header.tensors)  # what we write passes the gates that others' files pass
 
     def chunks() -> Iterable[Buffer]:
         yield start
         for entry in header.tensors:
             yield raw_bytes(tensors[entry.name])
 
-    return Incoming(encode_config(config), header, chunks())
+    return Incoming(config, header, chunks())
 
 
 def config_of(adapter: Adapter) -> AdapterConfig:

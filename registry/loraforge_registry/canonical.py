@@ -9,7 +9,7 @@ from loraforge_registry.errors import ManifestError
 
 Value: TypeAlias = "bool | int | float | str | bytes | list[Value] | dict[str, Value] | None"
 
-MAX_BYTES = 2 * 1024 * 1024
+MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 32
 
 
@@ -17,7 +17,7 @@ def encode(value: Value) -> bytes:
     """Return the one spelling of ``value``; ``decode(encode(v)) == v``.
 
     Raises:
-        ManifestError: a type, number or depth outside the format, or more than 2 MiB.
+        ManifestError: a type, number or depth outside the format, or more than 4 MiB.
     """
     try:
         data: bytes = msgpack.packb(_ordered(value, MAX_DEPTH), use_bin_type=True, strict_types=True)

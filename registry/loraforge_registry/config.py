@@ -18,7 +18,7 @@ from loraforge_registry.strict_json import Json
 MAX_BYTES = 1024 * 1024
 MAX_PATTERNS = 100_000
 MAX_RANK = 1_000_000
-MAX_ALPHA = 1e12
+MIN_ALPHA, MAX_ALPHA = 1e-12, 1e12
 
 # Read only to be dropped: they steer training, loading or display, and none changes what a loaded adapter computes.
 _HARMLESS = frozenset(
@@ -240,8 +240,8 @@ def _wrong(key: str, value: object, expected: str) -> ConfigError:
 
 
 def _alpha(key: str, value: Json) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value == 0 or abs(value) > MAX_ALPHA:
-        raise _wrong(key, value, f"a number other than 0, up to {MAX_ALPHA:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_ALPHA <= abs(value) <= MAX_ALPHA:
+        raise _wrong(key, value, f"a number of size {MIN_ALPHA:g} to {MAX_ALPHA:g}")
     return float(value)
 
 

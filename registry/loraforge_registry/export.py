@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-import shutil
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from loraforge_registry import objects
@@ -21,6 +21,8 @@ def export(files: Files, manifest: Manifest, target: Path) -> None:
         StoreError: a stored file is damaged; nothing is left at ``target``.
         InputOutputError: it cannot be written.
     """
+    if target.resolve().is_relative_to(files.root.resolve()):
+        raise ConflictError(f"{target} is inside the store {files.root}; name a directory elsewhere")
     if _holds_exactly(target, manifest.files):
         return
 
@@ -41,7 +43,8 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
         raise ConflictError(f"{target} exists already; name a new directory, or remove it first")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+        staging = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
+        staging.mkdir(mode=0o700)
     except OSError as error:
         raise InputOutputError(error.errno, f"{target.parent}: {error.strerror}") from error
     try:
@@ -56,7 +59,15 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
             raise
         raise InputOutputError(error.errno, f"{target}: {error.strerror}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _discard(staging)
+
+
+def _discard(staging: Path) -> None:
+    """Remove what an error left; after success nothing has this name."""
+    with suppress(FileNotFoundError):
+        for file in staging.iterdir():
+            file.unlink()
+        staging.rmdir()
 
 
 def _write_file(path: Path, chunks: Iterable[Buffer]) -> None:

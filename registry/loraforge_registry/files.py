@@ -62,7 +62,8 @@ class Files:
         if fd is None:
             return None
         try:
-            data = os.read(fd, limit + 1)
+            # what is there, not the limit: reading allocates as much as it asks for
+            data = os.read(fd, min(limit, os.fstat(fd).st_size) + 1)
         finally:
             os.close(fd)
         if len(data) > limit:
@@ -71,19 +72,18 @@ class Files:
 
     def open(self, directory: str, name: str) -> int | None:
         """Open a regular file for reading, or return None where there is none."""
-        path = self.root / directory / name
         try:
-            with _naming(path):
-                fd = os.open(name, _READ, dir_fd=self._directory(directory))
-        except InputOutputError as error:
-            if error.errno == errno.ENOENT:
-                return None
+            fd = os.open(name, _READ, dir_fd=self._directory(directory))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            path = self.root / directory / name
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise StoreError(f"{path}: a link or special file, expected a regular file") from error
-            raise
+            raise named_error(error, path) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise StoreError(f"{path}: not a regular file")
+            raise StoreError(f"{self.root / directory / name}: not a regular file")
         return fd
 
     def exists(self, directory: str, name: str) -> bool:
@@ -142,7 +142,7 @@ class Files:
     def discard(self, temporary: Temporary) -> None:
         """Close a temporary file and remove its name, if it still has one."""
         os.close(temporary.fd)
-        with suppress(FileNotFoundError):
+        with _naming(self.root / "tmp" / temporary.name), suppress(FileNotFoundError):
             os.unlink(temporary.name, dir_fd=self._directory("tmp"))
 
     def remove(self, directory: str, name: str) -> None:
@@ -192,6 +192,16 @@ class Files:
             fcntl.flock(fd, fcntl.LOCK_EX)
         return fd, name
 
+    def pin(self, session_fd: int, line: bytes) -> None:
+        """Append to an open session file, while no collector runs."""
+        with self.lock("gc", shared=True), _naming(self.root / "sessions"):
+            os.write(session_fd, line)
+
+    def sync_file(self, fd: int, directory: str) -> None:
+        """Make an object that is there already durable: whoever wrote it may not have got so far."""
+        with _naming(self.root / directory):
+            os.fsync(fd)
+
     def _directory(self, path: str) -> int:
         """Open a directory of the store one component at a time, so that no link leads out of it."""
         if path not in self._directories:
@@ -213,18 +223,15 @@ def make_store(root: Path) -> None:
     with _naming(root):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         strangers = sorted(set(os.listdir(root)) - {d.partition("/")[0] for d in DIRECTORIES} - {"index.sqlite"})
-    if strangers:
-        raise StoreError(
-            f"{root} holds {strangers[0]!r} and is not a loraforge store; name an empty or absent directory"
-        )
-    for directory in DIRECTORIES:
-        with _naming(root / directory):
+        if strangers:
+            raise StoreError(
+                f"{root} holds {strangers[0]!r} and is not a loraforge store; name an empty or absent directory"
+            )
+        shards = [f"{area}/{shard:02x}" for area in AREAS for shard in range(256)]
+        for directory in (*DIRECTORIES, *shards):
             (root / directory).mkdir(mode=0o700, exist_ok=True)
-    for area in AREAS:
-        for shard in range(256):
-            (root / area / f"{shard:02x}").mkdir(mode=0o700, exist_ok=True)
-    for name in LOCKS:
-        os.close(os.open(root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        for name in LOCKS:
+            os.close(os.open(root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     for directory in ("", *DIRECTORIES):
         _sync_path(root / directory)
     _sync_path(root.parent)
@@ -238,8 +245,7 @@ def check_format(root: Path) -> bool:
         StoreError: the marker is another format's, or a directory with other things in it has none.
     """
     try:
-        with (root / "FORMAT").open("rb") as file:
-            found = file.read(200)
+        fd = os.open(root / "FORMAT", _READ)
     except FileNotFoundError:
         if (root / "blobs").is_dir() and (root / "refs").is_dir() and any((root / "refs").iterdir()):
             raise StoreError(f"{root} has refs but no FORMAT file; it is damaged, restore FORMAT") from None
@@ -247,7 +253,11 @@ def check_format(root: Path) -> bool:
     except NotADirectoryError as error:
         raise StoreError(f"{root} is not a directory") from error
     except OSError as error:
-        raise InputOutputError(error.errno, f"{os.strerror(error.errno or 0)}: {root / 'FORMAT'}") from error
+        raise named_error(error, root / "FORMAT") from error
+    try:
+        found = os.read(fd, 200) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
     if found != FORMAT:
         raise StoreError(f"{root}/FORMAT says {found[:60]!r}, this version reads {FORMAT!r}: upgrade loraforge")
     return True
@@ -276,6 +286,12 @@ def _sync_path(path: Path) -> None:
             os.close(fd)
 
 
+def named_error(error: OSError, path: Path) -> InputOutputError:
+    """An OSError as one whose message names the path."""
+    number = error.errno or 0
+    return InputOutputError(number, f"{path}: {os.strerror(number)}")
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Turn an OSError into one whose message names the path."""
@@ -284,5 +300,4 @@ def _naming(path: Path) -> Iterator[None]:
     except InputOutputError:
         raise
     except OSError as error:
-        number = error.errno or 0
-        raise InputOutputError(number, f"{path}: {os.strerror(number)}") from error
+        raise named_error(error, path) from error

@@ -6,6 +6,7 @@ damaged one is no answer. The cache is written without fsync and gives way to an
 
 import hashlib
 import sqlite3
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ def _insert(root: Path, rows: Iterable[tuple[Digest, Summary]]) -> None:
 
 def _connect(root: Path, *, write: bool) -> sqlite3.Connection:
     mode = "rwc" if write else "ro"
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG((root / "index.sqlite").lstat().st_mode):  # a FIFO would hang, a link lead elsewhere
+            raise sqlite3.OperationalError("unable to open: not a regular file")
     uri = (root / "index.sqlite").absolute().as_uri()
     database = sqlite3.connect(f"{uri}?mode={mode}", uri=True, timeout=_BUSY)
     database.execute("PRAGMA synchronous = OFF")

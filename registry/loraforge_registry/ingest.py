@@ -5,7 +5,8 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -18,11 +19,9 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import (
     ConflictError,
     FormatError,
-    InputOutputError,
-    LoraforgeError,
     NotFoundError,
 )
-from loraforge_registry.files import Buffer, Files
+from loraforge_registry.files import Buffer, Files, named_error
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.layout import Layout, content_id, read_layout
 from loraforge_registry.manifest import (
@@ -69,11 +68,15 @@ def find_adapter(source: Path) -> AdapterPaths:
         NotFoundError: no such path, or a file of an adapter is missing there.
         FormatError: only a pickle is there.
     """
-    directory = source if source.is_dir() else source.parent
-    weights = directory / WEIGHTS_FILE if source.is_dir() else source
-    if not source.exists():
-        raise NotFoundError(f"{source}: no such file or directory")
-    if not weights.exists():
+    try:
+        is_directory = stat.S_ISDIR(source.stat().st_mode)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{source}: no such file or directory") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{source}: {error.strerror if isinstance(error, OSError) else error}") from error
+    directory = source if is_directory else source.parent
+    weights = directory / WEIGHTS_FILE if is_directory else source
+    if not os.path.lexists(weights):
         pickle = directory / "adapter_model.bin"
         if pickle.exists():
             raise FormatError(
@@ -109,10 +112,12 @@ def open_adapter(source: Path) -> Iterator[Incoming]:
             header = read_header(fd)
         except FormatError as error:
             raise type(error)(f"{paths.weights}: {error}") from error
+        except OSError as error:
+            raise named_error(error, paths.weights) from error
         yield Incoming(
             config=read_small(paths.config, adapter_config.MAX_BYTES),
             header=header,
-            chunks=objects.read_chunks(fd),
+            chunks=_reading(paths.weights, objects.read_chunks(fd)),
             readme=None if paths.readme is None else read_small(paths.readme, MAX_README),
         )
 
@@ -131,14 +136,19 @@ def ingest(
         FormatError: the config, the header, or the two together are refused; nothing is stored.
         ConflictError: the weights changed while they were read.
     """
-    parsed = _check(incoming)
+    manifest_of = partial(_manifest, *_check(incoming), derivation=derivation, report=report)
+    encode_manifest(
+        manifest_of(*_placeholders(incoming))
+    )  # what cannot be recorded is refused before a byte is written
     hasher = TensorHasher(incoming.header)
-    weights, size = objects.put(files, session, objects.BLOBS, incoming.chunks, hasher.feed)
+    weights, size = objects.put(
+        files, session, objects.BLOBS, incoming.chunks, observe=hasher.feed, check=hasher.check_complete
+    )
     stored = [File(WEIGHTS_FILE, weights, size)]
     for path, data in _small_files(incoming):
         digest, size = objects.put(files, session, objects.BLOBS, [data])
         stored.append(File(path, digest, size))
-    manifest = replace(_manifest(parsed, hasher.finish(), stored), derivation=derivation, report=report)
+    manifest = manifest_of(hasher.tensors, stored)
     digest, _ = objects.put(files, session, objects.MANIFESTS, [encode_manifest(manifest)])
     return Artifact(digest, manifest.content_id)
 
@@ -149,7 +159,7 @@ def examine(incoming: Incoming) -> tuple[Manifest, Layout]:
     Raises:
         FormatError, ConflictError: as ``ingest``.
     """
-    parsed = _check(incoming)
+    config, layout = _check(incoming)
     hasher, sha256 = TensorHasher(incoming.header), hashlib.sha256()
     size = 0
     for chunk in incoming.chunks:
@@ -158,7 +168,8 @@ def examine(incoming: Incoming) -> tuple[Manifest, Layout]:
         size += memoryview(chunk).nbytes
     files = [File(WEIGHTS_FILE, Digest("sha256", sha256.hexdigest()), size)]
     files += [File(path, Digest.of(data), len(data)) for path, data in _small_files(incoming)]
-    return _manifest(parsed, hasher.finish(), files), parsed[1]
+    hasher.check_complete()
+    return _manifest(config, layout, hasher.tensors, files), layout
 
 
 class TensorHasher:
@@ -189,15 +200,19 @@ class TensorHasher:
         if rest:
             raise ConflictError("the weights file grew while it was read; try again when nobody writes to it")
 
-    def finish(self) -> list[Tensor]:
-        """Return the tensors with their digests.
+    def check_complete(self) -> None:
+        """Refuse if the bytes that went by are not the file whose header was checked.
 
         Raises:
-            ConflictError: the bytes that went by are not the file whose header was checked.
+            ConflictError: they ended early, or their header is another.
         """
         self._close_finished()
         if self._pending or bytes(self._seen) != self._start:
             raise ConflictError("the weights file changed while it was read; try again when nobody writes to it")
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that have gone by, with their digests."""
         return self._done
 
     def _close_finished(self) -> None:
@@ -217,14 +232,31 @@ def _small_files(incoming: Incoming) -> list[tuple[str, bytes]]:
     return [(CONFIG_FILE, incoming.config), *readme]
 
 
-def _manifest(parsed: tuple[AdapterConfig, Layout], tensors: list[Tensor], files: list[File]) -> Manifest:
-    config, layout = parsed
+def _placeholders(incoming: Incoming) -> tuple[list[Tensor], list[File]]:
+    """Tensors and files as a manifest will list them, before their digests are known."""
+    nothing = bytes(32)
+    tensors = [Tensor(entry, Digest.from_raw("blake3", nothing)) for entry in incoming.header.tensors]
+    paths = [WEIGHTS_FILE, *(path for path, _ in _small_files(incoming))]
+    return tensors, [File(path, Digest.from_raw("sha256", nothing), 2**53) for path in paths]
+
+
+def _manifest(
+    config: AdapterConfig,
+    layout: Layout,
+    tensors: list[Tensor],
+    files: list[File],
+    *,
+    derivation: Derivation | None = None,
+    report: Mapping[str, Value] | None = None,
+) -> Manifest:
     return Manifest(
         content_id=content_id(layout, [(tensor.entry, tensor.digest) for tensor in tensors]),
         files=tuple(sorted(files, key=lambda file: file.path)),
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.entry.name)),
         base_name=config.settings.base_name,
         base_revision=config.settings.base_revision,
+        derivation=derivation,
+        report=report,
     )
 
 
@@ -236,17 +268,21 @@ def open_source(path: Path) -> Iterator[int]:
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: no such file") from error
     except OSError as error:
-        raise InputOutputError(error.errno, f"{path}: {error.strerror}") from error
+        raise named_error(error, path) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise FormatError(f"{path}: not a regular file")
         yield fd
-    except OSError as error:
-        if isinstance(error, LoraforgeError):
-            raise
-        raise InputOutputError(error.errno, f"{path}: {error.strerror or error}") from error
     finally:
         os.close(fd)
+
+
+def _reading(path: Path, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+    """Pass chunks on; an error of reading them names the file, which others that share the block do not."""
+    try:
+        yield from chunks
+    except OSError as error:
+        raise named_error(error, path) from error
 
 
 def read_small(path: Path, limit: int) -> bytes:

@@ -13,7 +13,7 @@ PEFT's names on disk (0.14 to 0.21), behind the prefix ``base_model.model.``:
 A tensor that fits none of these would overwrite a weight of the base when PEFT loads the file, so it is an error.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from loraforge_registry import canonical, patterns
@@ -21,6 +21,7 @@ from loraforge_registry.config import AdapterConfig, Scaling, Settings, scale_of
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import KeyMismatchError
 from loraforge_registry.header import TensorEntry
+from loraforge_registry.patterns import Matcher
 
 PREFIX = "base_model.model."
 
@@ -93,17 +94,23 @@ def read_layout(config: AdapterConfig, tensors: Iterable[TensorEntry]) -> Layout
     found, rest = _group(entries)
     if not found:
         raise KeyMismatchError("no LoRA tensors at all: expected keys such as '<target>.lora_A.weight'")
-    targets = {name: _target(name, keys, entries, config.scaling) for name, keys in sorted(found.items())}
+    matcher = Matcher()
+    targets = {name: _target(name, keys, entries, config.scaling, matcher) for name, keys in sorted(found.items())}
+    targeted = _Targeted(config.settings, matcher)
     extras, unexpected = _account_for_rest(rest, targets, config.settings)
-    unexpected += [key for name in targets if not _is_targeted(name, targets[name].kind, config.settings)
-                   for key in targets[name].keys.values()]  # fmt: skip
+    unexpected += [
+        key
+        for name, target in targets.items()
+        if not targeted.includes(name, target.kind)
+        for key in target.keys.values()
+    ]
     if unexpected:
         raise KeyMismatchError(
             f"{_listing(unexpected)}: not accounted for by the config (loading it would overwrite the base's own "
             "weights, or silently do nothing); name the module in target_modules or modules_to_save, or take the "
             "tensor out"
         )
-    _check_announced(config, targets, extras)
+    _check_announced(config, targets, extras, matcher)
     _check_tokens(config.settings, extras, entries)
     return Layout(targets, tuple(sorted(extras)), config.settings)
 
@@ -161,7 +168,9 @@ def _group(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     return found, rest
 
 
-def _target(name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], scaling: Scaling) -> Target:
+def _target(
+    name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], scaling: Scaling, matcher: Matcher
+) -> Target:
     embedding = "embedding_a" in keys or "embedding_b" in keys
     roles = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     expected = {*roles, *(["magnitude"] if scaling.dora else [])}
@@ -175,11 +184,8 @@ def _target(name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntr
             f"lora_bias={str(scaling.lora_bias).lower()})"
         )
     a, b = (entries[keys[role]] for role in roles)
-    rank = next((r for p, r in scaling.rank_pattern.items() if patterns.matches_suffix_pattern(name, p)), scaling.rank)
-    alpha = next(
-        (v for p, v in scaling.alpha_pattern.items() if patterns.matches_suffix_pattern(name, p)),
-        scaling.alpha,
-    )
+    rank = matcher.first_suffix(name, scaling.rank_pattern, scaling.rank)
+    alpha = matcher.first_suffix(name, scaling.alpha_pattern, scaling.alpha)
     kind, shape, groups = _check_factors(name, a, b, rank, embedding=embedding)
     _check_side_shapes(name, keys, entries, rows=b.shape[0])
     renamed = {role.removeprefix("embedding_"): key for role, key in keys.items()}
@@ -218,21 +224,40 @@ def _check_side_shapes(name: str, keys: Mapping[str, str], entries: Mapping[str,
         raise KeyMismatchError("a LoRA pair without a target in front of its key")
 
 
-def _is_targeted(name: str, kind: str, settings: Settings) -> bool:
-    """Whether PEFT would adapt the module (its check_target_module_exists)."""
-    wanted, excluded = settings.target_modules, settings.exclude_modules
-    if isinstance(excluded, str):
-        if patterns.full_match(excluded, name):
+class _Targeted:
+    """Which modules a config means: PEFT's check_target_module_exists."""
+
+    def __init__(self, settings: Settings, matcher: Matcher) -> None:
+        self._settings = settings
+        self._matcher = matcher
+        self._wanted = _NameSet(settings.target_modules, matcher)
+        self._excluded = _NameSet(settings.exclude_modules, matcher)
+
+    def includes(self, name: str, kind: str) -> bool:
+        settings = self._settings
+        if self._excluded.has(name):
             return False
-    elif any(patterns.ends_with_path(name, item) for item in excluded or ()):
-        return False
-    if isinstance(wanted, str):
-        return kind == "linear" if wanted == "all-linear" else patterns.full_match(wanted, name)
-    if not any(patterns.ends_with_path(name, item) for item in wanted or ()):
-        return False
-    if settings.layers_to_transform is None:
-        return True
-    return patterns.layer_index(name, settings.layers_pattern) in settings.layers_to_transform
+        if settings.target_modules == "all-linear":
+            return kind == "linear"
+        if not self._wanted.has(name):
+            return False
+        if settings.layers_to_transform is None or isinstance(settings.target_modules, str):
+            return True
+        return self._matcher.layer_index(name, settings.layers_pattern) in settings.layers_to_transform
+
+
+class _NameSet:
+    """Module names as a config gives them: the ends of paths, or one regular expression."""
+
+    def __init__(self, names: tuple[str, ...] | str | None, matcher: Matcher) -> None:
+        self._pattern = names if isinstance(names, str) else None
+        self._ends = frozenset(() if names is None or isinstance(names, str) else names)
+        self._matcher = matcher
+
+    def has(self, name: str) -> bool:
+        if self._pattern is not None:
+            return self._matcher.full_match(self._pattern, name)
+        return any(suffix in self._ends for suffix in patterns.suffixes(name))
 
 
 def _account_for_rest(
@@ -276,15 +301,14 @@ def _token_rows(key: str, settings: Settings) -> tuple[int, ...] | None:
     return None
 
 
-def _check_announced(config: AdapterConfig, targets: Mapping[str, Target], extras: Iterable[str]) -> None:
+def _check_announced(
+    config: AdapterConfig, targets: Mapping[str, Target], extras: Iterable[str], matcher: Matcher
+) -> None:
     """Everything the config announces has at least one tensor."""
     settings, extras = config.settings, list(extras)
-    wanted = settings.target_modules
-    missing = [
-        f"target_modules {item!r}"
-        for item in (wanted if isinstance(wanted, tuple) else ())
-        if not any(patterns.ends_with_path(name, item) for name in targets)
-    ]
+    ends = {suffix for name in targets for suffix in patterns.suffixes(name)}
+    wanted = settings.target_modules if isinstance(settings.target_modules, tuple) else ()
+    missing = [f"target_modules {item!r}" for item in wanted if item not in ends]
     missing += [
         f"modules_to_save {item!r}"
         for item in settings.modules_to_save
@@ -296,13 +320,15 @@ def _check_announced(config: AdapterConfig, targets: Mapping[str, Target], extra
         if not any(key.endswith(item + SUFFIXES["tokens"]) for key in extras)
     ]
     for what, keys in (("rank", config.scaling.rank_pattern), ("alpha", config.scaling.alpha_pattern)):
-        missing += [
-            f"{what}_pattern {item!r}"
-            for item in keys
-            if not any(patterns.matches_suffix_pattern(name, item) for name in targets)
-        ]
+        missing += [f"{what}_pattern {item!r}" for item in keys if not _matches_any(item, ends, targets, matcher)]
     if missing:
         raise KeyMismatchError(f"{_listing(missing)}: announced by the config, but no tensor belongs to it")
+
+
+def _matches_any(pattern: str, ends: Collection[str], names: Iterable[str], matcher: Matcher) -> bool:
+    if patterns.is_plain(pattern):
+        return pattern in ends
+    return any(matcher.first_suffix(name, {pattern: True}, default=False) for name in names)
 
 
 def _check_tokens(settings: Settings, extras: Iterable[str], entries: Mapping[str, TensorEntry]) -> None:

@@ -148,7 +148,7 @@ def decode_manifest(data: bytes) -> Manifest:
         base_name=None if base["name"] is None else _typed("base.name", base["name"], str),
         base_revision=None if base["revision"] is None else _typed("base.revision", base["revision"], str),
         derivation=None if derivation is None else _derivation(derivation),
-        report=None if report is None else _typed("report", report, dict),
+        report=None if report is None else _report(report),
     )
     _check_order(manifest)
     return manifest
@@ -205,7 +205,7 @@ def _derivation(value: Value) -> Derivation:
         operation=_typed("operation", fields["operation"], str),
         version=_integer("version", fields["version"]),
         inputs=tuple(_input(item) for item in _typed("inputs", fields["inputs"], list)),
-        parameters=_typed("parameters", fields["parameters"], dict),
+        parameters=_scalars("parameters", fields["parameters"]),
     )
 
 
@@ -246,6 +246,24 @@ def _tensor(value: Value) -> Tensor:
         end=_integer("end", end),
     )
     return Tensor(entry, _digest("blake3", digest))
+
+
+def _report(value: Value) -> dict[str, Value]:
+    """Numbers and texts, and under ``targets`` such a map for each target; an ``error`` is a float."""
+    fields: dict[str, Value] = dict(_typed("report", value, dict))
+    targets = _typed("report.targets", fields.pop("targets", {}), dict)
+    rows = [_scalars(f"report of {name[:80]!r}", row) for name, row in targets.items()]
+    for row in (_scalars("report", fields), *rows):
+        _typed("error", row.get("error", 0.0), float)
+    return _typed("report", value, dict)
+
+
+def _scalars(what: str, value: Value) -> dict[str, Value]:
+    fields: dict[str, Value] = _typed(what, value, dict)
+    for key, item in fields.items():
+        if isinstance(item, bytes | list | dict):
+            raise ManifestError(f"{what}: {key[:80]!r} is {type(item).__name__}, expected a number, text, bool or nil")
+    return fields
 
 
 def _check_schema(schema: Value) -> None:

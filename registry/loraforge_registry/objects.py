@@ -3,10 +3,9 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import NotFoundError, StoreError
+from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.files import Buffer, Files, Temporary
 from loraforge_registry.sessions import Session
 
@@ -23,11 +22,14 @@ def put(
     session: Session,
     area: str,
     chunks: Iterable[Buffer],
+    *,
     observe: Callable[[Buffer], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> tuple[Digest, int]:
     """Store bytes and return their digest and length; durable when this returns.
 
-    ``observe`` sees every chunk, in order, from another thread. The order of steps is SPEC.md section 7.
+    ``observe`` sees every chunk, in order, from another thread; ``check`` runs behind the last one, and what it raises
+    keeps the bytes from being published. The order of steps is SPEC.md section 7.
 
     Cost: one read of ``chunks``, one write; SHA-256, ``observe`` and the write run side by side.
 
@@ -37,6 +39,8 @@ def put(
     temporary = files.new_temporary()
     try:
         digest, size = _write_hashed(files, temporary, chunks, observe)
+        if check is not None:
+            check()
         session.pin(digest)
         files.seal(temporary)
         directory = _shard(area, digest)
@@ -81,14 +85,14 @@ def open_object(files: Files, area: str, digest: Digest, size: int) -> int:
 
 
 def read_chunks(fd: int) -> Iterator[memoryview]:
-    """Yield a file from its beginning to its end, by pread: a file that shrinks meanwhile ends early, no more."""
+    """Yield a file from its beginning to its end, by pread: a file that shrinks meanwhile ends early, no more.
+
+    A chunk is valid until the next one is asked for: they share one buffer.
+    """
+    buffer = memoryview(bytearray(min(CHUNK, os.fstat(fd).st_size + 1)))
     position = 0
-    while True:
-        buffer = bytearray(CHUNK)
-        count = os.preadv(fd, [buffer], position)
-        if not count:
-            return
-        yield memoryview(buffer)[:count]
+    while count := os.preadv(fd, [buffer], position):
+        yield buffer[:count]
         position += count
 
 
@@ -97,8 +101,8 @@ def list_digests(files: Files, area: str, prefix: str = "") -> Iterator[Digest]:
     shards = [prefix[:2]] if len(prefix) >= 2 else [f"{shard:02x}" for shard in range(256)]
     for shard in shards:
         for name in files.names(f"{area}/{shard}"):
-            if len(name) == 64 and name.startswith(prefix):
-                yield Digest("sha256", name)
+            if name.startswith(prefix) and (digest := _digest(name)) is not None:
+                yield digest
 
 
 def size_of(files: Files, area: str, digest: Digest) -> int:
@@ -115,6 +119,8 @@ def size_of(files: Files, area: str, digest: Digest) -> int:
 def _write_hashed(
     files: Files, temporary: Temporary, chunks: Iterable[Buffer], observe: Callable[[Buffer], None] | None
 ) -> tuple[Digest, int]:
+    from concurrent.futures import Future, ThreadPoolExecutor  # noqa: PLC0415 - only writers pay for it
+
     sha256 = hashlib.sha256()
     observers = [sha256.update, *([observe] if observe else [])]
     size = 0
@@ -153,10 +159,17 @@ def _is_intact(files: Files, area: str, digest: Digest, size: int) -> bool:
             sha256.update(chunk)
         if sha256.hexdigest() != digest.hex:
             return False
-        os.fsync(fd)
+        files.sync_file(fd, _shard(area, digest))
     finally:
         os.close(fd)
     return True
+
+
+def _digest(name: str) -> Digest | None:
+    try:
+        return Digest("sha256", name)
+    except ReferenceSyntaxError:
+        return None
 
 
 def _shard(area: str, digest: Digest) -> str:

@@ -1,71 +1,102 @@
 """PEFT's ways to name modules: suffix lists and regular expressions, matched without trusting them.
 
-A pattern comes from a stranger's file, and Python's ``re`` has no bound on backtracking. So a pattern that is only a
-dotted path is compared as text, and every other one is matched by ``regex`` under a time limit.
+Patterns come from strangers' files. A plain dotted path is looked up among a name's suffixes; a regular expression,
+whose backtracking nothing bounds in Python's ``re``, is matched by ``regex`` under a time limit (docs/adr/0003).
 """
 
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from loraforge_registry.errors import ConfigError
 
 MAX_PATTERN = 8192
-TIME_LIMIT = 0.25  # seconds for one match; honest patterns on module paths take microseconds
+TIME_LIMIT = 1.0  # seconds for all matches of one config; honest patterns take a thousandth
 
 _PLAIN = re.compile(r"[\w.\-]*")
+
+V = TypeVar("V")
+
+
+class Matcher:
+    """Matches the patterns of one config; together they have one second.
+
+    Raises (every method):
+        ConfigError: not a regular expression, too long, or out of time.
+    """
+
+    def __init__(self) -> None:
+        self._left = TIME_LIMIT
+
+    def full_match(self, pattern: str, name: str) -> bool:
+        """Whether the regular expression ``pattern`` describes the whole of ``name``."""
+        return self._run("fullmatch", pattern, name) is not None
+
+    def first_suffix(self, name: str, keys: Mapping[str, V], default: V) -> V:
+        r"""Return the value of the first key that PEFT's rule ``(.*\.)?(key)$`` finds in ``name``.
+
+        A dot in a plain key is taken as a dot, where PEFT's regular expression would let it be any character.
+        """
+        plain = {suffix for suffix in suffixes(name) if suffix in keys}
+        for key, value in keys.items():
+            if key in plain or (not is_plain(key) and self.full_match(rf"(.*\.)?({key})", name)):
+                return value
+        return default
+
+    def layer_index(self, name: str, layers_patterns: Iterable[str]) -> int | None:
+        """Return the layer number in ``name`` as PEFT finds it for layers_to_transform, or None."""
+        patterns = list(layers_patterns)
+        for pattern in patterns:
+            self._compile(pattern)  # on its own: it must not close the group that it is put into
+        rules = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        for rule in rules:
+            match = self._run("match", rule, name)
+            if match is not None and match["idx"] is not None:
+                return int(match["idx"])
+        return None
+
+    def _compile(self, pattern: str):  # type: ignore[no-untyped-def] # noqa: ANN202 - regex has no types
+        import regex  # noqa: PLC0415 - 15 ms, and most configs have no pattern
+
+        if len(pattern) > MAX_PATTERN:
+            raise ConfigError(f"a pattern of {len(pattern)} characters; the limit is {MAX_PATTERN}")
+        try:
+            return regex.compile(pattern)
+        except regex.error as error:
+            raise ConfigError(f"{pattern[:100]!r} is not a regular expression: {error}") from error
+        except (RecursionError, MemoryError, OverflowError) as error:
+            raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
+
+    def _run(self, how: str, pattern: str, name: str):  # type: ignore[no-untyped-def] # noqa: ANN202 - as above
+        compiled = self._compile(pattern)
+        start = time.monotonic()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            return getattr(compiled, how)(name, timeout=self._left)
+        except TimeoutError as error:
+            raise ConfigError(f"{pattern[:100]!r} took too long to match against {name[:100]!r}") from error
+        except (RecursionError, MemoryError) as error:
+            raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
+        finally:
+            self._left -= time.monotonic() - start
+
+
+def is_plain(pattern: str) -> bool:
+    """Whether a pattern is only a dotted path."""
+    return _PLAIN.fullmatch(pattern) is not None
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """Yield a dotted path and all its shorter ends: ``a.b.c``, ``b.c``, ``c``."""
+    yield name
+    position = name.find(".")
+    while position != -1:
+        yield name[position + 1 :]
+        position = name.find(".", position + 1)
 
 
 def ends_with_path(name: str, suffix: str) -> bool:
     """Whether ``suffix`` is ``name``, or its last dotted components."""
     return name == suffix or name.endswith(f".{suffix}")
-
-
-def matches_suffix_pattern(name: str, pattern: str) -> bool:
-    r"""Whether PEFT's rule for a key of rank_pattern or alpha_pattern, ``(.*\.)?(key)$``, matches ``name``."""
-    if _PLAIN.fullmatch(pattern):
-        start = len(name) - len(pattern)
-        if start < 0 or (start > 0 and name[start - 1] != "."):
-            return False
-        # in a regular expression an unescaped dot is any character
-        return all(p in (".", c) for p, c in zip(pattern, name[start:], strict=True))
-    return full_match(rf"(.*\.)?({pattern})", name)
-
-
-def full_match(pattern: str, name: str) -> bool:
-    """Whether the regular expression ``pattern`` describes the whole of ``name``.
-
-    Raises:
-        ConfigError: not a regular expression, longer than 8192, or matching takes longer than a quarter second.
-    """
-    return _run("fullmatch", pattern, name) is not None
-
-
-def layer_index(name: str, layers_patterns: Iterable[str]) -> int | None:
-    """Return the layer number in ``name`` as PEFT finds it for layers_to_transform, or None."""
-    patterns = list(layers_patterns)
-    rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
-    for rule in rules:
-        number = _run("match", rule, name)
-        if number is not None:
-            return int(number)
-    return None
-
-
-def _run(how: str, pattern: str, name: str) -> str | None:
-    """Return the last group, or the whole match; None where nothing matches."""
-    import regex  # noqa: PLC0415 - 15 ms, and most configs have no pattern
-
-    if len(pattern) > MAX_PATTERN:
-        raise ConfigError(f"a pattern of {len(pattern)} characters; the limit is {MAX_PATTERN}")
-    try:
-        compiled = regex.compile(pattern)
-        match = getattr(compiled, how)(name, timeout=TIME_LIMIT)
-    except regex.error as error:
-        raise ConfigError(f"{pattern[:100]!r} is not a regular expression: {error}") from error
-    except TimeoutError as error:
-        raise ConfigError(f"{pattern[:100]!r} took too long to match against {name[:100]!r}") from error
-    except (RecursionError, MemoryError, OverflowError) as error:
-        raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
-    if match is None:
-        return None
-    return str(match[match.re.groups])

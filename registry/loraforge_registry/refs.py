@@ -38,9 +38,12 @@ def read_ref(files: Files, ref: RefName) -> Digest | None:
     try:
         if data[-1:] != b"\n":
             raise ReferenceSyntaxError("no newline at its end")
-        return Digest.parse(data[:-1].decode("ascii"))
+        digest = Digest.parse(data[:-1].decode("ascii"))
+        if digest.algorithm != "sha256":
+            raise ReferenceSyntaxError(f"{digest.algorithm} does not name an artifact")
     except (ReferenceSyntaxError, UnicodeDecodeError) as error:
         raise StoreError(f"the ref {ref} is damaged ({files.root / 'refs' / _file_name(ref)}): {error}") from error
+    return digest
 
 
 def list_refs(files: Files) -> Iterator[tuple[RefName, Digest | StoreError]]:
@@ -123,7 +126,10 @@ def _parse_record(line: bytes) -> Move | None:
     if len(fields) != 6 or crc != b"%08x" % zlib.crc32(text):
         return None
     when, old, new, tag, who, what = fields
-    return Move(int(when), _digest(old), _digest(new), tag, unquote(who), unquote(what))
+    try:
+        return Move(int(when), _digest(old), _digest(new), RefName("any", tag).tag, unquote(who), unquote(what))
+    except ValueError:
+        return None
 
 
 def _digest(text: str) -> Digest | None:

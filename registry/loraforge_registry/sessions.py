@@ -17,8 +17,7 @@ class Session:
 
     def pin(self, digest: Digest) -> None:
         """Keep ``digest`` from collection until the session ends; called before looking whether it exists."""
-        with self._files.lock("gc", shared=True):
-            os.write(self._fd, f"{digest}\n".encode())
+        self._files.pin(self._fd, f"{digest}\n".encode())
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import getpass
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from loraforge_registry import canonical, index, names, objects, refs
 from loraforge_registry.canonical import Value
 from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
+from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.export import export
 from loraforge_registry.files import Files, check_format, make_store
 from loraforge_registry.index import Summary
@@ -28,6 +27,7 @@ from loraforge_registry.manifest import (
     decode_manifest,
 )
 from loraforge_registry.names import Reference, RefName
+from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.refs import Move
 from loraforge_registry.sessions import open_session
 
@@ -59,8 +59,8 @@ class Store:
         StoreError: ``path`` is something else than a store, or one of a newer format.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = default_path() if path is None else Path(path).expanduser()
+    def __init__(self, path: AnyPath | None = None) -> None:
+        self.path = default_store() if path is None else expand(path)
         self._files: Files | None = Files(self.path) if check_format(self.path) else None
 
     def put(
@@ -258,7 +258,7 @@ class Store:
         if summary is None:
             try:
                 summary = new[found] = self._summarise(found)
-            except (StoreError, ValueError, LookupError) as error:
+            except (LoraforgeError, OSError) as error:
                 return Named(ref, found, None, str(error))
         return Named(ref, found, summary)
 
@@ -306,17 +306,6 @@ class Store:
             make_store(self.path)
             self._files = Files(self.path)
         return self._files
-
-
-def default_path() -> Path:
-    """``LORAFORGE_STORE``, or the platform's data directory."""
-    named = os.environ.get("LORAFORGE_STORE")
-    if named:
-        return Path(named).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "loraforge"
-    data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "loraforge"
 
 
 def _who() -> str:

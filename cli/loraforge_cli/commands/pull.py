@@ -1,13 +1,12 @@
 """``loraforge pull``: a stored adapter as a plain directory."""
 
-from pathlib import Path
-
 import click
 
 from loraforge_cli.describe import describe
 from loraforge_cli.options import SOURCE, Session, common, refuse_url
-from loraforge_cli.output import emit
+from loraforge_cli.output import emit, one_line
 from loraforge_cli.summary import line
+from loraforge_registry.paths import expand
 
 
 @click.command("pull")
@@ -22,9 +21,9 @@ def command(session: Session, *, name: str, target: str) -> None:
     refuse_url(name)
     store = session.store()
     digest = store.resolve(name)
-    store.export(digest, Path(target).expanduser())
+    store.export(digest, expand(target))
     described = describe(store, digest)
     if session.as_json:
         emit({**described.as_json(), "directory": target})
     else:
-        click.echo(f"{target}  {line(described)}")
+        click.echo(f"{one_line(target)}  {line(described)}")

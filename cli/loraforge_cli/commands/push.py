@@ -1,18 +1,18 @@
 """``loraforge push``: a PEFT directory into the store."""
 
 import re
-from pathlib import Path
 
 import click
 
 from loraforge_cli.describe import describe
-from loraforge_cli.options import SOURCE, Session, common, is_path, refuse_url
+from loraforge_cli.options import SOURCE, Session, common, refuse_url
 from loraforge_cli.output import emit, note
 from loraforge_cli.summary import line
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError
 from loraforge_registry.ingest import find_adapter, open_adapter
 from loraforge_registry.names import RefName
+from loraforge_registry.paths import expand, is_path
 from loraforge_registry.store import Store
 
 
@@ -34,7 +34,7 @@ def command(session: Session, *, source: str, name: str | None, force: bool) -> 
         digest = _stored(store, source)
         store.tag(digest, ref, force=force, what="push")
     else:
-        path = Path(source).expanduser()
+        path = expand(source)
         with open_adapter(path) as incoming:
             digest = store.put(incoming, name=ref, force=force).digest
         left_out = find_adapter(path).left_out
@@ -56,7 +56,7 @@ def _stored(store: Store, source: str) -> Digest:
 
 def _name(source: str) -> RefName:
     """Make a name of a directory's."""
-    path = Path(source).expanduser().resolve()
+    path = expand(source).resolve()
     stem = path.name if path.is_dir() else path.parent.name
     try:
         return RefName(re.sub(r"[^a-z0-9._-]+", "-", stem.lower()))

@@ -13,7 +13,7 @@ from loraforge_registry.names import RefName
 def command(session: Session, *, names: tuple[str, ...]) -> None:
     """Take names away. The adapters stay in the store, and come back with: loraforge tag sha256:DIGEST NAME:TAG."""
     store = session.store()
-    refs = [RefName.parse(name) for name in names]
+    refs = list(dict.fromkeys(RefName.parse(name) for name in names))
     for ref in refs:
         store.resolve(str(ref))  # all are there, or none is removed
     removed = [(ref, store.remove(ref)) for ref in refs]

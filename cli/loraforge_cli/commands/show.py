@@ -1,15 +1,14 @@
 """``loraforge show``: everything about one adapter."""
 
-from pathlib import Path
-
 import click
 
 from loraforge_cli.describe import Described, describe
 from loraforge_cli.lineage import names_by_digest, tree
-from loraforge_cli.options import SOURCE, Session, common, is_path, refuse_url
+from loraforge_cli.options import SOURCE, Session, common, refuse_url
 from loraforge_cli.output import by_layer, count, emit, facts, size, spread, table
 from loraforge_registry.ingest import examine, open_adapter
 from loraforge_registry.names import Reference
+from loraforge_registry.paths import expand, is_path
 
 
 @click.command("show")
@@ -24,7 +23,7 @@ def command(session: Session, *, source: str, every: bool) -> None:
     refuse_url(source)
     store = session.store()
     if is_path(source):
-        with open_adapter(Path(source).expanduser()) as incoming:
+        with open_adapter(expand(source)) as incoming:
             described = Described(None, *examine(incoming))
     else:
         described = describe(store, store.resolve(source), Reference.parse(source).ref)
