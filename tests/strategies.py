@@ -22,9 +22,9 @@ from loraforge_registry.manifest import (
 # Every str that UTF-8 can spell.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 floats = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)  # + 0.0: no -0.0
-scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | floats | texts | st.binary(max_size=40)
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | floats | texts
 values = st.recursive(
-    scalars,
+    scalars | st.binary(max_size=40),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=12,
 )
@@ -73,6 +73,15 @@ def _derivations(source: st.SearchStrategy[object]) -> st.SearchStrategy[Derivat
 derivations = _derivations(sha256 | artifacts | _derivations(sha256 | artifacts))
 
 
+# Numbers by target, and a few facts about all: "error", where there is one, is a float.
+_rows = st.fixed_dictionaries({"error": floats}) | st.dictionaries(texts.filter(lambda key: key != "error"), scalars)
+reports = st.builds(
+    lambda facts, targets: {**facts, **({"targets": targets} if targets else {})},
+    st.dictionaries(texts.filter(lambda key: key not in ("error", "targets")), scalars, max_size=3),
+    st.dictionaries(texts, _rows, max_size=3),
+)
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     sizes = st.integers(0, 2**53)
@@ -98,7 +107,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         base_name=draw(st.none() | texts),
         base_revision=draw(st.none() | texts),
         derivation=draw(st.none() | derivations),
-        report=draw(st.none() | st.dictionaries(texts, values, max_size=3)),
+        report=draw(st.none() | reports),
     )
 
 
@@ -132,7 +141,7 @@ _name = st.text("abqv.", min_size=1, max_size=4)
 _names = st.lists(_name, max_size=3)
 _positive = st.integers(1, 2**20)
 _rows = st.lists(_positive, min_size=1, max_size=3)
-_alphas = st.floats(-1e12, 1e12).filter(bool) | _positive
+_alphas = st.floats(1e-12, 1e12) | st.floats(-1e12, -1e-12) | _positive
 _GOOD: dict[str, st.SearchStrategy[object]] = {
     "alpha_pattern": st.dictionaries(texts, _alphas, max_size=2),
     "base_model_name_or_path": texts,

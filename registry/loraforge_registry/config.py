@@ -17,6 +17,7 @@ from loraforge_registry.strict_json import Json
 
 MAX_BYTES = 1024 * 1024
 MAX_PATTERNS = 100_000
+MAX_SAVED = 1_000  # each is compared with each tensor
 MAX_RANK = 1_000_000
 MIN_ALPHA, MAX_ALPHA = 1e-12, 1e12
 
@@ -201,7 +202,7 @@ def _settings(fields: _Fields) -> Settings:
         exclude_modules=fields.names_or_pattern("exclude_modules"),
         layers_to_transform=_layers(fields.rest.pop("layers_to_transform", None)),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern,
-        modules_to_save=fields.names("modules_to_save"),
+        modules_to_save=_few("modules_to_save", fields.names("modules_to_save")),
         token_indices=_token_indices(fields.rest.pop("trainable_token_indices", None)),
         bias=bias,
         fan_in_fan_out=fields.take("fan_in_fan_out", bool, False),  # noqa: FBT003 - a default, not a flag
@@ -264,6 +265,12 @@ def _names(key: str, value: Json) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
+def _few(key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) > MAX_SAVED:
+        raise _wrong(key, f"{len(names)} names, {names[0]!r} the first", f"at most {MAX_SAVED}")
+    return names
+
+
 def _layers(value: Json) -> tuple[int, ...] | None:
     if value is None or value == []:
         return None
@@ -280,6 +287,7 @@ def _token_indices(value: Json) -> dict[str, tuple[int, ...]]:
     if not value:
         return {}
     by_module = value if isinstance(value, dict) else {"": value}
+    _few("trainable_token_indices", tuple(by_module))
     found: dict[str, tuple[int, ...]] = {}
     for module, indices in by_module.items():
         if not isinstance(indices, list):

@@ -72,8 +72,10 @@ def find_adapter(source: Path) -> AdapterPaths:
         is_directory = stat.S_ISDIR(source.stat().st_mode)
     except FileNotFoundError as error:
         raise NotFoundError(f"{source}: no such file or directory") from error
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{source}: {error.strerror if isinstance(error, OSError) else error}") from error
+    except OSError as error:
+        raise named_error(error, source) from error
+    except ValueError as error:  # a NUL in the name
+        raise FormatError(f"{str(source)!r}: {error}") from error
     directory = source if is_directory else source.parent
     weights = directory / WEIGHTS_FILE if is_directory else source
     if not os.path.lexists(weights):

@@ -21,7 +21,7 @@ from loraforge_registry.config import AdapterConfig, Scaling, Settings, scale_of
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import KeyMismatchError
 from loraforge_registry.header import TensorEntry
-from loraforge_registry.patterns import Matcher
+from loraforge_registry.patterns import Matcher, PatternTable
 
 PREFIX = "base_model.model."
 
@@ -95,7 +95,8 @@ def read_layout(config: AdapterConfig, tensors: Iterable[TensorEntry]) -> Layout
     if not found:
         raise KeyMismatchError("no LoRA tensors at all: expected keys such as '<target>.lora_A.weight'")
     matcher = Matcher()
-    targets = {name: _target(name, keys, entries, config.scaling, matcher) for name, keys in sorted(found.items())}
+    scales = _Scales(config.scaling, matcher)
+    targets = {name: _target(name, keys, entries, scales) for name, keys in sorted(found.items())}
     targeted = _Targeted(config.settings, matcher)
     extras, unexpected = _account_for_rest(rest, targets, config.settings)
     unexpected += [
@@ -168,9 +169,17 @@ def _group(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     return found, rest
 
 
-def _target(
-    name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], scaling: Scaling, matcher: Matcher
-) -> Target:
+class _Scales:
+    """The ranks and alphas of a config, ready to be looked up."""
+
+    def __init__(self, scaling: Scaling, matcher: Matcher) -> None:
+        self.scaling = scaling
+        self.ranks = PatternTable(scaling.rank_pattern, matcher)
+        self.alphas = PatternTable(scaling.alpha_pattern, matcher)
+
+
+def _target(name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], scales: _Scales) -> Target:
+    scaling = scales.scaling
     embedding = "embedding_a" in keys or "embedding_b" in keys
     roles = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     expected = {*roles, *(["magnitude"] if scaling.dora else [])}
@@ -184,8 +193,8 @@ def _target(
             f"lora_bias={str(scaling.lora_bias).lower()})"
         )
     a, b = (entries[keys[role]] for role in roles)
-    rank = matcher.first_suffix(name, scaling.rank_pattern, scaling.rank)
-    alpha = matcher.first_suffix(name, scaling.alpha_pattern, scaling.alpha)
+    rank = scales.ranks.find(name, scaling.rank)
+    alpha = scales.alphas.find(name, scaling.alpha)
     kind, shape, groups = _check_factors(name, a, b, rank, embedding=embedding)
     _check_side_shapes(name, keys, entries, rows=b.shape[0])
     renamed = {role.removeprefix("embedding_"): key for role, key in keys.items()}
@@ -328,7 +337,7 @@ def _check_announced(
 def _matches_any(pattern: str, ends: Collection[str], names: Iterable[str], matcher: Matcher) -> bool:
     if patterns.is_plain(pattern):
         return pattern in ends
-    return any(matcher.first_suffix(name, {pattern: True}, default=False) for name in names)
+    return any(PatternTable({pattern: True}, matcher).find(name, default=False) for name in names)
 
 
 def _check_tokens(settings: Settings, extras: Iterable[str], entries: Mapping[str, TensorEntry]) -> None:

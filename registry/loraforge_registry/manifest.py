@@ -254,7 +254,7 @@ def _report(value: Value) -> dict[str, Value]:
     targets = _typed("report.targets", fields.pop("targets", {}), dict)
     rows = [_scalars(f"report of {name[:80]!r}", row) for name, row in targets.items()]
     for row in (_scalars("report", fields), *rows):
-        _typed("error", row.get("error", 0.0), float)
+        _typed("report error", row.get("error", 0.0), float)
     return _typed("report", value, dict)
 
 

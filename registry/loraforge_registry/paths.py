@@ -5,12 +5,21 @@ import sys
 from pathlib import Path
 from typing import TypeAlias
 
+from loraforge_registry.errors import NotFoundError
+
 AnyPath: TypeAlias = str | os.PathLike[str]
 
 
 def expand(path: AnyPath) -> Path:
-    """A path with ``~`` replaced; that of a user there is not stays as it is, and is then not found."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises RuntimeError for an unknown user
+    """Return a path with ``~`` replaced.
+
+    Raises:
+        NotFoundError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise NotFoundError(f"{path}: there is no such user's home") from error
 
 
 def is_path(source: AnyPath) -> bool:
@@ -19,7 +28,7 @@ def is_path(source: AnyPath) -> bool:
         return True
     try:
         return source != "" and expand(source).exists()
-    except (OSError, ValueError):
+    except (OSError, ValueError, NotFoundError):
         return False  # too long for a file name, say: then no file has it
 
 

@@ -7,7 +7,7 @@ whose backtracking nothing bounds in Python's ``re``, is matched by ``regex`` un
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from loraforge_registry.errors import ConfigError
 
@@ -33,23 +33,12 @@ class Matcher:
         """Whether the regular expression ``pattern`` describes the whole of ``name``."""
         return self._run("fullmatch", pattern, name) is not None
 
-    def first_suffix(self, name: str, keys: Mapping[str, V], default: V) -> V:
-        r"""Return the value of the first key that PEFT's rule ``(.*\.)?(key)$`` finds in ``name``.
-
-        A dot in a plain key is taken as a dot, where PEFT's regular expression would let it be any character.
-        """
-        plain = {suffix for suffix in suffixes(name) if suffix in keys}
-        for key, value in keys.items():
-            if key in plain or (not is_plain(key) and self.full_match(rf"(.*\.)?({key})", name)):
-                return value
-        return default
-
     def layer_index(self, name: str, layers_patterns: Iterable[str]) -> int | None:
         """Return the layer number in ``name`` as PEFT finds it for layers_to_transform, or None."""
         patterns = list(layers_patterns)
         for pattern in patterns:
             self._compile(pattern)  # on its own: it must not close the group that it is put into
-        rules = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        rules = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         for rule in rules:
             match = self._run("match", rule, name)
             if match is not None and match["idx"] is not None:
@@ -81,6 +70,30 @@ class Matcher:
             raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
         finally:
             self._left -= time.monotonic() - start
+
+
+class PatternTable(Generic[V]):
+    r"""A rank_pattern or alpha_pattern: the first key that PEFT's rule ``(.*\.)?(key)$`` finds in a name decides.
+
+    A dot in a plain key is taken as a dot, where PEFT's regular expression would let it be any character.
+    """
+
+    def __init__(self, patterns: Mapping[str, V], matcher: Matcher) -> None:
+        self._values = list(patterns.values())
+        self._plain = {key: place for place, key in enumerate(patterns) if is_plain(key)}
+        self._regular = [(place, rf"(.*\.)?({key})") for place, key in enumerate(patterns) if not is_plain(key)]
+        self._matcher = matcher
+
+    def find(self, name: str, default: V) -> V:
+        """Return the value for ``name``."""
+        places = [self._plain[suffix] for suffix in suffixes(name) if suffix in self._plain]
+        first = min(places, default=len(self._values))
+        for place, rule in self._regular:
+            if place > first:
+                break
+            if self._matcher.full_match(rule, name):
+                return self._values[place]
+        return self._values[first] if places else default
 
 
 def is_plain(pattern: str) -> bool:
