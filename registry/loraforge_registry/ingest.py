@@ -16,11 +16,7 @@ from loraforge_registry import objects
 from loraforge_registry.canonical import Value
 from loraforge_registry.config import AdapterConfig, parse_config
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import (
-    ConflictError,
-    FormatError,
-    NotFoundError,
-)
+from loraforge_registry.errors import ConflictError, FormatError, ManifestError, NotFoundError
 from loraforge_registry.files import Buffer, Files, named_error
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.layout import Layout, content_id, read_layout
@@ -139,9 +135,10 @@ def ingest(
         ConflictError: the weights changed while they were read.
     """
     manifest_of = partial(_manifest, *_check(incoming), derivation=derivation, report=report)
-    encode_manifest(
-        manifest_of(*_placeholders(incoming))
-    )  # what cannot be recorded is refused before a byte is written
+    try:
+        encode_manifest(manifest_of(*_placeholders(incoming)))  # what cannot be recorded is refused before a write
+    except ManifestError as error:
+        raise FormatError(f"no manifest can hold its {len(incoming.header.tensors)} tensors: {error}") from error
     hasher = TensorHasher(incoming.header)
     weights, size = objects.put(
         files, session, objects.BLOBS, incoming.chunks, observe=hasher.feed, check=hasher.check_complete
