@@ -1,12 +1,13 @@
 # make demo    see it work, offline, in about a minute
 # make test    everything CI runs: ruff, mypy, import-linter, pytest
 # make bench   every benchmark, each against a peer in the same run
+# make matrix  load what we write with PEFT 0.14 to 0.21
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SET_UP := $(VENV)/.set-up
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench matrix clean
 
 demo: $(SET_UP)
 	@$(BIN)/loraforge demo
@@ -20,6 +21,9 @@ test: $(SET_UP)
 
 bench: $(SET_UP)
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+matrix: $(SET_UP)
+	$(BIN)/python tests/conformance/matrix.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

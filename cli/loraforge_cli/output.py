@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import click
@@ -83,11 +82,6 @@ def note(text: str, *, quiet: bool = False) -> None:
     """Say something that is not the result, on stderr."""
     if not quiet:
         click.echo(one_line(text), err=True)
-
-
-def is_terminal() -> bool:
-    """Whether a person watches stderr, so that progress is worth showing."""
-    return sys.stderr.isatty()
 
 
 def _scaled(number: int) -> str:

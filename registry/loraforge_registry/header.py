@@ -60,10 +60,6 @@ class Header:
     data_start: int
     raw: bytes = field(repr=False)
 
-    def by_name(self) -> dict[str, TensorEntry]:
-        """The tensors by name."""
-        return {entry.name: entry for entry in self.tensors}
-
 
 def read_header(fd: int) -> Header:
     """Read and check the header of an open safetensors file, by pread; the file position does not move.

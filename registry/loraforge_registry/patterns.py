@@ -7,7 +7,7 @@ whose backtracking nothing bounds in Python's ``re``, is matched by ``regex`` un
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from loraforge_registry.errors import ConfigError
 
@@ -41,11 +41,11 @@ class Matcher:
         rules = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         for rule in rules:
             match = self._run("match", rule, name)
-            if match is not None and match["idx"] is not None:
-                return int(match["idx"])
+            if match is not None:
+                return None if match["idx"] is None else int(match["idx"])
         return None
 
-    def _compile(self, pattern: str):  # type: ignore[no-untyped-def] # noqa: ANN202 - regex has no types
+    def _compile(self, pattern: str) -> Any:  # noqa: ANN401 - regex has no types
         import regex  # noqa: PLC0415 - 15 ms, and most configs have no pattern
 
         if len(pattern) > MAX_PATTERN:
@@ -57,7 +57,7 @@ class Matcher:
         except (RecursionError, MemoryError, OverflowError) as error:
             raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
 
-    def _run(self, how: str, pattern: str, name: str):  # type: ignore[no-untyped-def] # noqa: ANN202 - as above
+    def _run(self, how: str, pattern: str, name: str) -> Any:  # noqa: ANN401 - as above
         compiled = self._compile(pattern)
         start = time.monotonic()
         try:
