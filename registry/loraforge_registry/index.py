@@ -61,6 +61,7 @@ def write_summaries(root: Path, summaries: Mapping[Digest, Summary]) -> None:
 def _insert(root: Path, rows: Iterable[tuple[Digest, Summary]]) -> None:
     packed = [(digest.raw, row) for digest, summary in rows for row in [_pack(summary)]]
     with closing(_connect(root, write=True)) as database, database:
+        database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE IF NOT EXISTS summary (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB)")
         database.executemany(
             "INSERT OR REPLACE INTO summary VALUES (?, ?, ?)",
@@ -74,9 +75,7 @@ def _connect(root: Path, *, write: bool) -> sqlite3.Connection:
         if not stat.S_ISREG((root / "index.sqlite").lstat().st_mode):  # a FIFO would hang, a link lead elsewhere
             raise sqlite3.OperationalError("unable to open: not a regular file")
     uri = (root / "index.sqlite").absolute().as_uri()
-    database = sqlite3.connect(f"{uri}?mode={mode}", uri=True, timeout=_BUSY)
-    database.execute("PRAGMA synchronous = OFF")
-    return database
+    return sqlite3.connect(f"{uri}?mode={mode}", uri=True, timeout=_BUSY)
 
 
 def _pack(summary: Summary) -> bytes:
