@@ -149,7 +149,7 @@ _GOOD: dict[str, st.SearchStrategy[object]] = {
     "ensure_weight_tying": st.booleans(),
     "exclude_modules": _names | texts,
     "fan_in_fan_out": st.booleans(),
-    "init_lora_weights": st.booleans() | st.sampled_from(["pissa", "olora", "gaussian", "PiSSA_niter_4"]),
+    "init_lora_weights": st.booleans() | st.sampled_from(["pissa", "olora", "gaussian", "pissa_niter_4"]),
     "layers_pattern": _names | texts,
     "layers_to_transform": st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
     "lora_alpha": _alphas,

@@ -7,14 +7,16 @@ from loraforge_cli.output import one_line
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.manifest import Artifact, Derivation, Input
+from loraforge_registry.names import DEFAULT_TAG
 from loraforge_registry.store import Store
 
 Names = Mapping[Digest, str]
 
 
 def names_by_digest(store: Store) -> dict[Digest, str]:
-    """Return one name for each artifact that has one."""
-    return {line.digest: str(line.ref) for line in reversed(store.ls()) if line.digest is not None}
+    """Return one name for each artifact that has one: a fixed tag rather than the moving latest."""
+    lines = sorted(store.ls(), key=lambda line: (line.ref.tag != DEFAULT_TAG, line.ref))
+    return {line.digest: str(line.ref) for line in lines if line.digest is not None}
 
 
 def tree(store: Store, described: Described, names: Names) -> Iterator[str]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import click
 from click.shell_completion import CompletionItem
 
+from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
+from loraforge_registry.paths import is_path
 from loraforge_registry.store import Store
 
 
@@ -67,6 +69,15 @@ def common(function: Callable[..., object]) -> Callable[..., object]:
     ):
         run = option(run)
     return run
+
+
+def stored(store: Store, source: str) -> Digest:
+    """Return the artifact in the store that a reference means; a path means none."""
+    if is_path(source):
+        raise click.UsageError(
+            f"{source} is a path; this takes an adapter in the store (loraforge push {source} first)"
+        )
+    return store.resolve(source)
 
 
 def refuse_url(text: str) -> None:

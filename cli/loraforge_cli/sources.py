@@ -2,7 +2,7 @@
 
 import click
 
-from loraforge.adapter import Adapter
+from loraforge.adapter import Adapter, named_tensors
 from loraforge.compose import RerankReport
 from loraforge.formats import peft
 from loraforge.registry import Registry
@@ -53,9 +53,7 @@ def print_result(session: Session, described: Described, report: RerankReport | 
 def print_plan(session: Session, adapter: Adapter, report: RerankReport | None) -> None:
     """Print what would be made: ranks, size, error."""
     ranks = [pair.rank for pair in adapter.targets.values()]
-    size_bytes = sum(
-        tensor.numel() * tensor.itemsize for pair in adapter.targets.values() for tensor in (pair.a, pair.b)
-    )
+    size_bytes = sum(tensor.numel() * tensor.itemsize for tensor in named_tensors(adapter).values())
     if session.as_json:
         record = None if report is None else report.as_record()
         emit(

@@ -2,7 +2,7 @@
 
 from loraforge.adapter.identity import content_id, identity
 from loraforge.adapter.model import Adapter, BaseModel, Kind, LowRank
-from loraforge.adapter.tensors import DTYPES, named_tensors, raw_bytes
+from loraforge.adapter.tensors import DTYPES, named_tensors, raw_bytes, same_tensor
 
 __all__ = [
     "DTYPES",
@@ -14,4 +14,5 @@ __all__ = [
     "identity",
     "named_tensors",
     "raw_bytes",
+    "same_tensor",
 ]

@@ -30,5 +30,14 @@ def content_id(adapter: Adapter) -> Digest:
 
 
 def identity(adapter: Adapter) -> Artifact | Derivation | Digest:
-    """Return what a derivation records about an input: its artifact, else how it was made, else its content id."""
-    return adapter.origin or adapter.derivation or content_id(adapter)
+    """Return what a derivation records about an input: its artifact, else how it was made, else its content id.
+
+    An artifact is only believed if the adapter still computes what the artifact does: a caller may have replaced a
+    field and left the origin.
+
+    Cost: reads every tensor once.
+    """
+    if adapter.origin is None and adapter.derivation is not None:
+        return adapter.derivation
+    found = content_id(adapter)
+    return adapter.origin if adapter.origin is not None and adapter.origin.content_id == found else found

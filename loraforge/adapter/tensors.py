@@ -35,6 +35,13 @@ def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return found | dict(adapter.extras)
 
 
+def same_tensor(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two tensors have one type and equal elements; two that are not there are the same."""
+    if first is None or second is None:
+        return first is second
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
 def dtype_name(tensor: Tensor) -> str:
     """Safetensors' name of a tensor's element type."""
     return _NAMES[tensor.dtype]

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from loraforge.adapter import Adapter
+from loraforge.adapter import Adapter, same_tensor
 from loraforge.errors import CompositionError
 from loraforge_registry.config import Settings
 
@@ -26,12 +25,22 @@ def check_additive(adapter: Adapter) -> None:
             "base when it loads it, so its factors alone are not its delta; save it again with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
+    check_finite(adapter)
     for name, pair in adapter.targets.items():
         if pair.magnitude is not None:
             raise CompositionError(
                 f"target {name!r} has a DoRA magnitude, which renormalises base and delta together: such deltas do not "
                 "add up; merge the adapter into its base, or train it without use_dora"
             )
+
+
+def check_finite(adapter: Adapter) -> None:
+    """Refuse NaN and infinity in any factor.
+
+    Raises:
+        NumericalError: named.
+    """
+    for name, pair in adapter.targets.items():
         pair.check_finite(name)
 
 
@@ -79,7 +88,9 @@ def common_extras(terms: Sequence[Term], settings: Settings) -> tuple[Mapping[st
     if not any(adapter.extras for adapter, _ in terms):
         return {}, settings
     for adapter, _ in terms[1:]:
-        different = sorted(k for k in {*first.extras, *adapter.extras} if not _same_tensor(first, adapter, k))
+        different = sorted(
+            k for k in {*first.extras, *adapter.extras} if not same_tensor(first.extras.get(k), adapter.extras.get(k))
+        )
         if different or adapter.settings.token_indices != first.settings.token_indices:
             what = different[0] if different else "trainable_token_indices"
             raise CompositionError(
@@ -101,12 +112,7 @@ def common_extras(terms: Sequence[Term], settings: Settings) -> tuple[Mapping[st
 
 def without_extras(adapter: Adapter) -> Adapter:
     """Return the adapter without the tensors that replace weights of the base."""
-    settings = replace(adapter.settings, modules_to_save=(), token_indices={}, bias="none")
+    # PEFT adds modules_to_save of its own for a task with a head, and then misses their tensors
+    task = None if adapter.settings.modules_to_save else adapter.settings.task_type
+    settings = replace(adapter.settings, modules_to_save=(), token_indices={}, bias="none", task_type=task)
     return replace(adapter, extras={}, settings=settings)
-
-
-def _same_tensor(first: Adapter, second: Adapter, key: str) -> bool:
-    if key not in first.extras or key not in second.extras:
-        return False
-    x, y = first.extras[key], second.extras[key]
-    return x.dtype == y.dtype and torch.equal(x, y)

@@ -7,6 +7,7 @@ import torch
 
 from loraforge import lowrank
 from loraforge.adapter import Adapter, LowRank
+from loraforge.compose._additive import check_finite
 
 _ROUNDING = 1e-14  # what float64 leaves of a difference that is none
 
@@ -37,9 +38,8 @@ def compare(before: Adapter, after: Adapter) -> list[Difference]:
 
     Cost: O((m + n) (r1 + r2)^2) for each target that both have; no dense matrix.
     """
-    for adapter in (before, after):
-        for name, pair in adapter.targets.items():
-            pair.check_finite(name)
+    check_finite(before)
+    check_finite(after)
     names = sorted({*before.targets, *after.targets})
     return [_difference(name, before.targets.get(name), after.targets.get(name)) for name in names]
 

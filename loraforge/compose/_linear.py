@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from loraforge.adapter import Adapter, LowRank, identity
-from loraforge.compose._additive import Term, check_additive, common_extras, common_settings, without_extras
+from loraforge.compose._additive import (
+    Term,
+    check_additive,
+    check_finite,
+    common_extras,
+    common_settings,
+    without_extras,
+)
 from loraforge.errors import CompositionError
 from loraforge_registry.config import MAX_ALPHA, MIN_ALPHA
 from loraforge_registry.manifest import Derivation, Input
@@ -53,9 +60,12 @@ def linear(terms: Sequence[Term], *, base: str | None = None, drop_saved: bool =
     for _, weight in terms:
         if not math.isfinite(weight):
             raise CompositionError(f"a weight is {weight}; expected a finite number")
-    if len(terms) == 1 and terms[0][1] == 1 and not drop_saved and base is None:
-        return terms[0][0]
     recorded = tuple(Input(identity(adapter), weight + 0.0) for adapter, weight in terms)  # + 0.0: no -0.0
+    parameters = {"base": base} if base else {}
+    derivation = Derivation("linear", 1, recorded, parameters | ({"drop_saved": True} if drop_saved else {}))
+    if len(terms) == 1 and terms[0][1] == 1 and not parameters and not drop_saved:
+        check_finite(terms[0][0])
+        return replace(terms[0][0], origin=None, derivation=derivation)  # itself, additive or not
     if drop_saved:
         terms = [(without_extras(adapter), weight) for adapter, weight in terms]
     for adapter, _ in terms:
@@ -63,17 +73,15 @@ def linear(terms: Sequence[Term], *, base: str | None = None, drop_saved: bool =
     extras, settings = common_extras(terms, common_settings(terms, base))
     names = sorted({name for adapter, _ in terms for name in adapter.targets})
     targets = {name: _sum(name, [(a.targets[name], w) for a, w in terms if name in a.targets]) for name in names}
-    parameters = {"base": base} if base else {}
-    derivation = Derivation("linear", 1, recorded, parameters | ({"drop_saved": True} if drop_saved else {}))
-    for name, pair in targets.items():
-        pair.check_finite(name)  # factors near the end of float32 can leave it
-    return Adapter(_with_biases(targets), settings, extras, derivation=derivation)
+    result = Adapter(_with_biases(targets), settings, extras, derivation=derivation)
+    check_finite(result)  # factors near the end of float32 can leave it
+    return result
 
 
 def _sum(name: str, pairs: Sequence[_Scaled]) -> LowRank:
     """Sum the pairs of one target."""
     _check_shapes(name, [pair for pair, _ in pairs])
-    merged = [(pair, weight) for pair, weight in _merge_equal(pairs) if weight != 0]
+    merged = _merge_equal(pairs)
     if not merged:
         return _zero(pairs[0][0])
     if len(merged) == 1:
@@ -104,25 +112,28 @@ def _with_biases(targets: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """Give every pair a bias if one has: PEFT's lora_bias is for all or none, and a zero adds nothing."""
     if not any(pair.bias is not None for pair in targets.values()):
         return dict(targets)
-    return {
-        name: pair
-        if pair.bias is not None or pair.kind == "embedding"
-        else replace(pair, bias=pair.b.new_zeros(pair.b.shape[0]))
-        for name, pair in targets.items()
-    }
+    embedding = next((name for name, pair in targets.items() if pair.kind == "embedding"), None)
+    if embedding is not None:
+        raise CompositionError(
+            f"target {embedding!r} is an embedding, and another target has a lora_bias: PEFT has no both"
+        )
+    zeros = {name: pair.b.new_zeros(pair.b.shape[0]) for name, pair in targets.items()}
+    return {name: pair if pair.bias is not None else replace(pair, bias=zeros[name]) for name, pair in targets.items()}
 
 
 def _merge_equal(pairs: Sequence[_Scaled]) -> list[_Scaled]:
-    """Add the weights of pairs that are the same."""
-    merged: list[_Scaled] = []
+    """Add the weights of pairs that are the same, and leave out what cancels."""
+    groups: list[tuple[LowRank, list[float]]] = []
     for pair, weight in pairs:
-        for position, (known, known_weight) in enumerate(merged):
+        for known, weights in groups:
             if _is_same(pair, known):
-                merged[position] = (known, known_weight + weight)
+                weights.append(weight)
                 break
         else:
-            merged.append((pair, weight))
-    return merged
+            groups.append((pair, [weight]))
+    # exactly rounded: 0.1 + 0.2 - 0.3 is not 0 in float64, but nothing that anybody asked for
+    sums = [(pair, math.fsum(weights), math.fsum(map(abs, weights))) for pair, weights in groups]
+    return [(pair, total) for pair, total, size in sums if abs(total) > 1e-15 * size]
 
 
 def _is_same(x: LowRank, y: LowRank) -> bool:

@@ -11,10 +11,9 @@ Combine = Callable[..., Adapter]
 
 @dataclass(frozen=True)
 class Method:
-    """A method: the function, whether its result is exact, one line about it, and where it comes from."""
+    """A method: the function, one line about it, and where it comes from."""
 
     combine: Combine
-    exact: bool
     summary: str
     source: str
 
@@ -22,7 +21,6 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "linear": Method(
         combine=linear,
-        exact=True,
         summary="the weighted sum of the updates; ranks add",
         source="task arithmetic, arXiv:2212.04089",
     ),

@@ -6,7 +6,7 @@ default. Loading and saving keeps every bit of every tensor, and the content id.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -22,6 +22,7 @@ from loraforge_registry.ingest import Incoming, find_adapter, open_source, read_
 from loraforge_registry.layout import PREFIX, Target, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
 from loraforge_registry.paths import AnyPath, expand
+from loraforge_registry.patterns import Matcher, PatternTable, is_plain
 
 T = TypeVar("T", int, float)
 
@@ -118,7 +119,7 @@ def config_of(adapter: Adapter) -> AdapterConfig:
     alpha = _commonest(pair.alpha for pair in pairs.values())
     # PEFT before 0.15 finds one key for both patterns: a target in one of them must be in both
     odd = [name for name, pair in pairs.items() if pair.rank != rank or pair.alpha != alpha]
-    keys = {name: _pattern_key(name, pairs) for name in odd}
+    keys = _pattern_keys(odd, list(pairs))
     ranks = {keys[name]: pairs[name].rank for name in odd}
     alphas = {keys[name]: pairs[name].alpha for name in odd}
     biased = any(pair.bias is not None for pair in pairs.values())
@@ -134,13 +135,16 @@ def config_of(adapter: Adapter) -> AdapterConfig:
     return AdapterConfig(_with_targets(adapter).settings, scaling)
 
 
-def _pattern_key(name: str, names: Iterable[str]) -> str:
-    """Return a key of rank_pattern and alpha_pattern that matches this target and no other.
+def _pattern_keys(names: Sequence[str], all_names: Sequence[str]) -> dict[str, str]:
+    """Return for each name a key of rank_pattern and alpha_pattern that matches it and no other target.
 
-    A plain path also matches every longer path that ends in it. Order cannot help, since PEFT sorts the keys when it
-    saves again, so such a path is anchored. (PEFT 0.14 does not know anchors, and has no way to say this.)
+    A plain path also matches every longer one that ends in it, and its dots match any character. Order cannot help,
+    since PEFT sorts the keys when it saves again, so a path that would match another is anchored and escaped. (PEFT
+    0.14 does not know anchors, and has no way to say this.)
     """
-    return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name
+    table = PatternTable({name: place for place, name in enumerate(names)}, Matcher())
+    ambiguous = {names[place] for other in all_names for place in table.plain_matches(other) if names[place] != other}
+    return {name: name if is_plain(name) and name not in ambiguous else f"^{re.escape(name)}" for name in names}
 
 
 def _with_targets(adapter: Adapter) -> Adapter:

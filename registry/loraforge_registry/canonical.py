@@ -9,22 +9,22 @@ from loraforge_registry.errors import ManifestError
 
 Value: TypeAlias = "bool | int | float | str | bytes | list[Value] | dict[str, Value] | None"
 
-MAX_BYTES = 4 * 1024 * 1024
+MAX_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 32
 
 
-def encode(value: Value) -> bytes:
+def encode(value: Value, *, max_bytes: int | None = MAX_BYTES) -> bytes:
     """Return the one spelling of ``value``; ``decode(encode(v)) == v``.
 
     Raises:
-        ManifestError: a type, number or depth outside the format, or more than 4 MiB.
+        ManifestError: a type, number or depth outside the format, or more than ``max_bytes``.
     """
     try:
         data: bytes = msgpack.packb(_ordered(value, MAX_DEPTH), use_bin_type=True, strict_types=True)
     except (OverflowError, UnicodeEncodeError, TypeError) as error:
         raise ManifestError(f"cannot be written as canonical msgpack: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise ManifestError(f"{len(data)} bytes of msgpack; the limit is {MAX_BYTES}")
+    if max_bytes is not None and len(data) > max_bytes:
+        raise ManifestError(f"{len(data)} bytes of msgpack; the limit is {max_bytes}")
     return data
 
 

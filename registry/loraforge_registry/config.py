@@ -7,6 +7,7 @@ unknown (refused when it is switched on: it may change the function).
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,39 +24,40 @@ MIN_ALPHA, MAX_ALPHA = 1e-12, 1e12
 
 # Read only to be dropped: they steer training, loading or display, and none changes what a loaded adapter computes.
 _HARMLESS = frozenset(
-    [
+    {
         "auto_mapping",
         "corda_config",
+        "enable_lora",
         "eva_config",
         "inference_mode",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
-        "megatron_config",
         "megatron_core",
+        "merge_weights",
         "peft_version",
         "qalora_group_size",
         "runtime_config",
-        "velora_config",
-        "enable_lora",
-        "merge_weights",
-    ]
+    }
 )
 # Each makes the adapter something else than a sum of low-rank updates on named modules.
 _UNSUPPORTED = frozenset(
-    [
+    {
         "alora_invocation_tokens",
         "arrow_config",
         "kasa_config",
         "layer_replication",
+        "megatron_config",
         "monteclora_config",
         "target_parameters",
         "use_bdlora",
         "use_qalora",
-    ]
+        "velora_config",
+    }
 )
-# init_lora_weights values with which PEFT rewrites the base when it loads the adapter.
-_MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# init_lora_weights values with which PEFT leaves the base alone, and those with which it rewrites it at loading.
+_PLAIN_INIT = re.compile(r"gaussian|eva|orthogonal|mica")
+_MUTATING_INIT = re.compile(r"pissa(_niter_[0-9]+)?|olora|corda|loftq|lora_ga")
 
 BIAS_MODES = ("none", "all", "lora_only")
 
@@ -227,7 +229,8 @@ def _scaling(fields: _Fields) -> Scaling:
 
 def _refuse_unmodelled(rest: Mapping[str, Json]) -> None:
     for key in sorted(rest):
-        if key in _HARMLESS or not rest[key]:  # null, false, {} and [] leave a setting off
+        off = not rest[key] and rest[key] != {}  # an empty object switches a feature on in PEFT, with its defaults
+        if key in _HARMLESS or off:
             continue
         what = "is not supported" if key in _UNSUPPORTED else "is not known to this version of loraforge"
         raise ConfigError(
@@ -308,9 +311,12 @@ def _tokens_out(indices: Mapping[str, tuple[int, ...]]) -> object:
 
 
 def _init(value: Json) -> str | None:
-    if not isinstance(value, str | bool):
-        raise _wrong("init_lora_weights", value, "true, false or a name")
-    return value if isinstance(value, str) and value.lower().startswith(_MUTATES_BASE) else None
+    """Return the initialisation where it rewrites the base; others leave no trace in a trained adapter."""
+    if isinstance(value, bool) or (isinstance(value, str) and _PLAIN_INIT.fullmatch(value)):
+        return None
+    if not isinstance(value, str) or not _MUTATING_INIT.fullmatch(value):
+        raise _wrong("init_lora_weights", value, "true, false or a name that PEFT knows")
+    return value
 
 
 def _pattern(key: str, value: Json) -> dict[str, Json]:

@@ -41,16 +41,17 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
     """
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise ConflictError(f"{target} exists already; name a new directory, or remove it first")
+    if target.exists() and target.samefile("."):
+        raise ConflictError(f"{target} is the working directory, which cannot be replaced; name a new directory")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
-        staging.mkdir(mode=0o700)
+        staging.mkdir()
     except OSError as error:
         raise InputOutputError(error.errno, f"{target.parent}: {error.strerror}") from error
     try:
         for name, chunks in contents.items():
             _write_file(staging / name, chunks())
-        staging.chmod(0o777 & ~_umask())
         _sync(staging)
         staging.replace(target)  # over an empty directory, or nothing
         _sync(target.parent)
@@ -104,12 +105,6 @@ def _is_file(path: Path, file: File) -> bool:
         return False
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest() == file.digest.hex
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _sync(directory: Path) -> None:

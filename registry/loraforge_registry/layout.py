@@ -49,6 +49,9 @@ _KINDS = {
 _OPTIONAL_SAVED = frozenset({"classifier", "score", "qa_outputs"})
 # Targets whose base weight PEFT writes along (EMBEDDING_LAYER_NAMES there).
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+# What PEFT leaves out of "all-linear": the model's output, whatever it is called.
+_OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
+LOADABLE_DTYPES = FACTOR_DTYPES | {"BOOL", "U8", "I8", "I16", "I32", "I64"}
 _LISTED = 5  # how many keys an error names before it counts the rest
 
 
@@ -112,6 +115,7 @@ def read_layout(config: AdapterConfig, tensors: Iterable[TensorEntry]) -> Layout
             "tensor out"
         )
     _check_announced(config, targets, extras, matcher)
+    _check_dtypes(entries, extras)
     _check_tokens(config.settings, extras, entries)
     return Layout(targets, tuple(sorted(extras)), config.settings)
 
@@ -124,21 +128,23 @@ def content_id(layout: Layout, tensors: Iterable[tuple[TensorEntry, Digest]]) ->
     rows = sorted((t.name.removeprefix(PREFIX), t.dtype, t.shape, digest.raw) for t, digest in tensors)
     document: canonical.Value = {
         "schema": "loraforge.content/1",
-        "settings": _functional_settings(layout.settings),
+        "settings": _functional_settings(layout),
         "targets": [[name, t.kind, t.scale] for name, t in sorted(layout.targets.items())],
         "tensors": [[key, dtype, list(shape), raw] for key, dtype, shape, raw in rows],
     }
-    return Digest.of(canonical.encode(document))
+    return Digest.of(canonical.encode(document, max_bytes=None))  # never read back
 
 
-def _functional_settings(settings: Settings) -> dict[str, canonical.Value]:
+def _functional_settings(layout: Layout) -> dict[str, canonical.Value]:
+    settings = layout.settings
     found: dict[str, canonical.Value] = {}
     if settings.base_mutating_init:
         found["base_mutating_init"] = settings.base_mutating_init
     if settings.fan_in_fan_out:
         found["fan_in_fan_out"] = True
-    if settings.token_indices:
-        found["tokens"] = {module: list(rows) for module, rows in settings.token_indices.items()}
+    tokens = {key.removesuffix(SUFFIXES["tokens"]): _token_rows(key, settings) for key in layout.extras}
+    if any(rows is not None for rows in tokens.values()):
+        found["tokens"] = {module: list(rows) for module, rows in tokens.items() if rows is not None}
     if settings.weight_tying:
         found["weight_tying"] = True
     return found
@@ -182,6 +188,8 @@ def _target(name: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntr
     scaling = scales.scaling
     embedding = "embedding_a" in keys or "embedding_b" in keys
     roles = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    if embedding and scaling.lora_bias:
+        raise KeyMismatchError(f"target {name!r} is an embedding: PEFT's lora_bias is not for those")
     expected = {*roles, *(["magnitude"] if scaling.dora else [])}
     expected |= {"b_bias"} if scaling.lora_bias and not embedding else set()
     missing = [name + SUFFIXES[role] for role in sorted(expected - set(keys))]
@@ -243,16 +251,24 @@ class _Targeted:
         self._excluded = _NameSet(settings.exclude_modules, matcher)
 
     def includes(self, name: str, kind: str) -> bool:
-        settings = self._settings
-        if self._excluded.has(name):
+        settings, last = self._settings, name.rpartition(".")[2]
+        if self._excluded.has(name) or any(self._is_saved_whole(name, entry) for entry in settings.modules_to_save):
             return False
+        if settings.weight_tying and last in _EMBEDDING_NAMES:
+            return True  # PEFT adapts the tied twin of a target as well
         if settings.target_modules == "all-linear":
-            return kind == "linear"
+            return kind == "linear" and last not in _OUTPUT_HEADS
         if not self._wanted.has(name):
             return False
-        if settings.layers_to_transform is None or isinstance(settings.target_modules, str):
+        if settings.layers_to_transform is None or self._wanted.has_exactly(name):
             return True
         return self._matcher.layer_index(name, settings.layers_pattern) in settings.layers_to_transform
+
+    def _is_saved_whole(self, name: str, entry: str) -> bool:
+        r"""PEFT leaves out what ``(^|.*\.)entry($|\..*)`` matches for an entry of modules_to_save."""
+        if patterns.is_plain(entry) and "." not in entry:
+            return f".{entry}." in f".{name}."
+        return self._matcher.full_match(rf"(?:.*\.)?(?:{entry})(?:\..*)?", name)
 
 
 class _NameSet:
@@ -267,6 +283,10 @@ class _NameSet:
         if self._pattern is not None:
             return self._matcher.full_match(self._pattern, name)
         return any(suffix in self._ends for suffix in patterns.suffixes(name))
+
+    def has_exactly(self, name: str) -> bool:
+        """Whether a path is named in full, or by the pattern: then layers_to_transform does not count."""
+        return self._pattern is not None or name in self._ends
 
 
 def _account_for_rest(
@@ -286,6 +306,9 @@ def _is_accounted_for(key: str, targets: Mapping[str, Target], settings: Setting
         return True
     module, _, parameter = key.rpartition(".")
     owner = module.removesuffix(".base_layer")
+    tied = settings.weight_tying and module.rpartition(".")[2] in _EMBEDDING_NAMES
+    if tied and any(entry.rpartition(".")[2] in _EMBEDDING_NAMES for entry in settings.modules_to_save):
+        return True
     if parameter == "bias":
         return settings.bias == "all" or (settings.bias == "lora_only" and owner in targets)
     is_base_weight = parameter == "weight" and owner != module and owner in targets
@@ -303,9 +326,13 @@ def _is_saved_by(key: str, entry: str) -> bool:
 
 
 def _token_rows(key: str, settings: Settings) -> tuple[int, ...] | None:
+    """The token numbers of a tensor of trained rows; None for any other tensor."""
+    if not key.endswith(SUFFIXES["tokens"]):
+        return None
     module = key.removesuffix(SUFFIXES["tokens"])
     for entry, rows in settings.token_indices.items():
-        if not entry or patterns.ends_with_path(module, entry):
+        tied = settings.weight_tying and module.rpartition(".")[2] in _EMBEDDING_NAMES
+        if not entry or tied or patterns.ends_with_path(module, entry):
             return rows
     return None
 
@@ -317,6 +344,8 @@ def _check_announced(
     settings, extras = config.settings, list(extras)
     ends = {suffix for name in targets for suffix in patterns.suffixes(name)}
     wanted = settings.target_modules if isinstance(settings.target_modules, tuple) else ()
+    if settings.exclude_modules is not None or settings.layers_to_transform is not None:
+        wanted = ()  # either may leave an entry without a target
     missing = [f"target_modules {item!r}" for item in wanted if item not in ends]
     missing += [
         f"modules_to_save {item!r}"
@@ -342,11 +371,19 @@ def _matches_any(pattern: str, ends: Collection[str], names: Iterable[str], matc
 
 def _check_tokens(settings: Settings, extras: Iterable[str], entries: Mapping[str, TensorEntry]) -> None:
     for key in extras:
-        rows = _token_rows(key, settings) if key.endswith(SUFFIXES["tokens"]) else None
+        rows = _token_rows(key, settings)
         if rows is not None and (len(entries[key].shape) != 2 or entries[key].shape[0] != len(rows)):
             raise KeyMismatchError(
                 f"tensor {key!r} has shape {list(entries[key].shape)}, expected {len(rows)} rows as in "
                 "trainable_token_indices"
+            )
+
+
+def _check_dtypes(entries: Mapping[str, TensorEntry], keys: Iterable[str]) -> None:
+    for key in keys:
+        if entries[key].dtype not in LOADABLE_DTYPES:
+            raise KeyMismatchError(
+                f"tensor {key!r} is {entries[key].dtype}; expected {', '.join(sorted(LOADABLE_DTYPES))}"
             )
 
 

@@ -1,12 +1,15 @@
 """PEFT's ways to name modules: suffix lists and regular expressions, matched without trusting them.
 
 Patterns come from strangers' files. A plain dotted path is looked up among a name's suffixes; a regular expression,
-whose backtracking nothing bounds in Python's ``re``, is matched by ``regex`` under a time limit (docs/adr/0003).
+whose backtracking nothing bounds in Python's ``re``, is matched by ``regex`` under a time limit, once ``re`` has agreed
+that it is one (docs/adr/0003).
 """
 
 import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from loraforge_registry.errors import ConfigError
@@ -15,6 +18,8 @@ MAX_PATTERN = 8192
 TIME_LIMIT = 1.0  # seconds for all matches of one config; honest patterns take a thousandth
 
 _PLAIN = re.compile(r"[\w.\-]*")
+# a brace that re takes as text and regex as a fuzzy match
+_FUZZY = re.compile(r"(?<!\\)(?:\\\\)*\{(?![0-9]*(?:,[0-9]*)?\})")
 
 V = TypeVar("V")
 
@@ -45,55 +50,89 @@ class Matcher:
                 return None if match["idx"] is None else int(match["idx"])
         return None
 
+    @contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Count the block's time against the limit."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._left -= time.monotonic() - start
+        if self._left <= 0:
+            raise ConfigError(f"the config's patterns took too long to match against {name[:100]!r}")
+
     def _compile(self, pattern: str) -> Any:  # noqa: ANN401 - regex has no types
         import regex  # noqa: PLC0415 - 15 ms, and most configs have no pattern
 
         if len(pattern) > MAX_PATTERN:
             raise ConfigError(f"a pattern of {len(pattern)} characters; the limit is {MAX_PATTERN}")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # re warns where a later syntax may mean something else
+                re.compile(pattern)
+            if _FUZZY.search(pattern):
+                raise ConfigError(f"{pattern[:100]!r}: write \\{{ for a brace that is not a repeat")
             return regex.compile(pattern)
-        except regex.error as error:
+        except (re.error, regex.error, FutureWarning, DeprecationWarning) as error:
             raise ConfigError(f"{pattern[:100]!r} is not a regular expression: {error}") from error
         except (RecursionError, MemoryError, OverflowError) as error:
             raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
 
     def _run(self, how: str, pattern: str, name: str) -> Any:  # noqa: ANN401 - as above
         compiled = self._compile(pattern)
-        start = time.monotonic()
-        try:
-            if self._left <= 0:
-                raise TimeoutError
-            return getattr(compiled, how)(name, timeout=self._left)
-        except TimeoutError as error:
-            raise ConfigError(f"{pattern[:100]!r} took too long to match against {name[:100]!r}") from error
-        except (RecursionError, MemoryError) as error:
-            raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
-        finally:
-            self._left -= time.monotonic() - start
+        with self.spending(name):
+            try:
+                return getattr(compiled, how)(name, timeout=max(self._left, 1e-3))
+            except TimeoutError as error:
+                raise ConfigError(f"{pattern[:100]!r} took too long to match against {name[:100]!r}") from error
+            except (RecursionError, MemoryError) as error:
+                raise ConfigError(f"{pattern[:100]!r} is too large a regular expression") from error
 
 
 class PatternTable(Generic[V]):
     r"""A rank_pattern or alpha_pattern: the first key that PEFT's rule ``(.*\.)?(key)$`` finds in a name decides.
 
-    A dot in a plain key is taken as a dot, where PEFT's regular expression would let it be any character.
+    In a key that is a plain path each dot still means any one character. Such keys are looked up with the name's
+    characters masked where the key has dots, one look-up for each way that keys of a length have their dots.
     """
 
-    def __init__(self, patterns: Mapping[str, V], matcher: Matcher) -> None:
+    def __init__(self, patterns: Mapping[str, V], matcher: "Matcher") -> None:
         self._values = list(patterns.values())
-        self._plain = {key: place for place, key in enumerate(patterns) if is_plain(key)}
-        self._regular = [(place, rf"(.*\.)?({key})") for place, key in enumerate(patterns) if not is_plain(key)]
         self._matcher = matcher
+        self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        self._regular: list[tuple[int, str]] = []
+        for place, key in enumerate(patterns):
+            if is_plain(key):
+                dots = tuple(i for i, character in enumerate(key) if character == ".")
+                self._plain.setdefault(len(key), {}).setdefault(dots, {})[key] = place
+            else:
+                self._regular.append((place, rf"(.*\.)?({key})"))
 
     def find(self, name: str, default: V) -> V:
         """Return the value for ``name``."""
-        places = [self._plain[suffix] for suffix in suffixes(name) if suffix in self._plain]
-        first = min(places, default=len(self._values))
+        first = min(self.plain_matches(name), default=len(self._values))
         for place, rule in self._regular:
             if place > first:
                 break
             if self._matcher.full_match(rule, name):
                 return self._values[place]
-        return self._values[first] if places else default
+        return self._values[first] if first < len(self._values) else default
+
+    def plain_matches(self, name: str) -> Iterator[int]:
+        """Yield the places of the plain keys that match."""
+        with self._matcher.spending(name):
+            for suffix in suffixes(name):
+                for dots, keys in self._plain.get(len(suffix), {}).items():
+                    place = keys.get(_masked(suffix, dots))
+                    if place is not None:
+                        yield place
+
+
+def _masked(text: str, places: Iterable[int]) -> str:
+    characters = list(text)
+    for place in places:
+        characters[place] = "."
+    return "".join(characters)
 
 
 def is_plain(pattern: str) -> bool:

@@ -100,14 +100,19 @@ class Store:
         with open_session(files) as session:
             session.pin(digest)
             self.manifest(digest)
-            old = refs.read_ref(files, name)
-            if old == digest:
-                return
-            if old is not None and name.tag != names.DEFAULT_TAG and not force:
-                raise ConflictError(
-                    f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
-                )
-            refs.move_ref(files, name, expected=old, new=digest, who=_who(), what=what)
+            moves_freely = force or name.tag == names.DEFAULT_TAG
+            while True:
+                old = refs.read_ref(files, name)
+                if old == digest:
+                    return None
+                if old is not None and not moves_freely:
+                    raise ConflictError(
+                        f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
+                    )
+                try:
+                    return refs.move_ref(files, name, expected=old, new=digest, who=_who(), what=what)
+                except ConflictError:
+                    continue  # somebody was faster: look again
 
     def remove(self, name: RefName) -> Digest:
         """Remove a ref and return what it pointed at; the bytes stay until they are collected.
@@ -131,7 +136,7 @@ class Store:
         """
         reference = Reference.parse(text)
         if reference.ref is not None:
-            digest = None if self._files is None else refs.read_ref(self._files, reference.ref)
+            digest = self.lookup(reference.ref)
             if digest is None:
                 raise NotFoundError(f"there is no {reference.ref} in {self.path}{self._nearby(reference.ref)}")
             return digest
@@ -139,6 +144,10 @@ class Store:
         if reference.name is not None and found not in self._history(reference.name):
             raise NotFoundError(f"{reference.name} has never been {found}; leave the name out to mean it anyway")
         return found
+
+    def lookup(self, name: RefName) -> Digest | None:
+        """Return what a ref points at, or None."""
+        return None if self._files is None else refs.read_ref(self._files, name)
 
     def manifest(self, digest: Digest) -> Manifest:
         """Read an artifact's manifest, checked against its digest.
@@ -201,7 +210,7 @@ class Store:
         return moves
 
     def usage(self) -> Usage:
-        """Count bytes; what is reachable is what refs and reflogs name, and the lineage of that.
+        """Count bytes; what is reachable is what refs name, and the lineage of that.
 
         Raises:
             StoreError, ManifestError: a ref or manifest is damaged, so that nothing can be called reclaimable.

@@ -414,6 +414,32 @@ CONFIGS = [
     settings("magic", config(magic=True), "magic = true is not known"),
     setting("magic\x1b[2J", "on", r"\x1b"),
     setting("use_bdlora", {"nblocks": 2}, "use_bdlora"),
+    setting("megatron_config", {"x": 1}, "megatron_config"),
+    *[setting(key, {}, key) for key in ("kasa_config", "monteclora_config", "velora_config", "arrow_config", "magic")],
+    *[setting("init_lora_weights", value, "init_lora_weights is") for value in ("true", "PiSSA", "foo")],
+    settings(
+        "a brace that regex reads as a fuzzy match",
+        config(target_modules=["q", "v"], alpha_pattern={"(?:z){e<=9}": 2}),
+        "brace",
+    ),
+    settings(
+        "all-linear with an output head",
+        config(target_modules="all-linear"),
+        "lm_head",
+        {**tensors(), **pair("lm_head")},
+    ),
+    settings(
+        "LoRA on a module that is saved whole",
+        config(target_modules=["q", "v"], modules_to_save=["v"]),
+        "v.lora_A",
+        {**tensors(), f"{PREFIX}model.layers.0.v.weight": ("F32", (1,), floats(1))},
+    ),
+    settings(
+        "a saved tensor of eight-bit floats",
+        config(modules_to_save=["head"]),
+        "F8_E4M3",
+        {**tensors(), f"{PREFIX}head.weight": ("F8_E4M3", (4,), bytes(4))},
+    ),
     settings("use_qalora", config(use_qalora=True), "use_qalora = true is not supported"),
     setting("layer_replication", [[0, 4]], "layer_replication"),
     setting("target_parameters", ["experts.up"], "target_parameters"),
@@ -450,7 +476,7 @@ LARGE = [
     Case(
         "tensors: more than a manifest can hold",
         lambda home: write_adapter(
-            home / "bad", settings=config(r=1, target_modules=["q"]), weights=many_targets(15_000, "x" * 150)
+            home / "bad", settings=config(r=1, target_modules=["q"]), weights=many_targets(15_000, "x" * 210)
         ),
         "push bad/ bad:v1",
         USAGE,
@@ -653,7 +679,7 @@ ARGUMENTS = [
     argument("pull a:v1 --to a-files/adapter_config.json", CONFLICT, "exists already"),
     argument("pull a:v1 --to a-files/adapter_config.json/x", BROKEN, "adapter_config.json"),
     argument("pull a:v1 --to .", CONFLICT, "exists already"),
-    argument("pull a:v1 --to ''", CONFLICT, "exists already"),
+    argument("pull a:v1 --to ''", USAGE, "--to is empty"),
     argument("pull a:v1 --to store", CONFLICT, "inside the store"),
     argument("pull a:v1 --to store/refs/new", CONFLICT, "store"),
     argument("pull a:v1 --to ~no-such-user/x", MISSING, "no-such-user"),
@@ -936,7 +962,7 @@ STORES = [
     Case(
         "manifest: a bit flipped, usage", lambda home: rewrite(stored(home, "a@v1"), flip(50)), "du", BROKEN, "damaged"
     ),
-    Case("manifest: over the limit", lambda home: plant(home, bytes(5 * MIB)), "show bad:v1", BROKEN, "more than"),
+    Case("manifest: over the limit", lambda home: plant(home, bytes(9 * MIB)), "show bad:v1", BROKEN, "more than"),
     Case("manifest: 2,000 deep", deep, "show bad:v1", USAGE, "not msgpack"),
     packed("empty", lambda _: b"", "not msgpack"),
     packed("trailing bytes", lambda data: data + b"\xc0", "not msgpack"),
@@ -1127,7 +1153,6 @@ def test_a_module_that_a_config_names_is_never_imported(home, monkeypatch, capsy
     monkeypatch.syspath_prepend(str(home))
     named = {
         "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil_module"},
-        "megatron_config": {"x": 1},
         "megatron_core": "evil_module",
         "base_model_name_or_path": "/etc/passwd",
         "revision": "../../..",

@@ -57,6 +57,15 @@ CASES = {name: case for name, case in make.CASES.items() if name not in UNSUPPOR
             "trainable_token_indices": {"emb": [0, 3, 5]},
         },
     ),
+    "exact_path_bypasses_layers": make.Case(
+        lambda: make.blocks(3),
+        {"r": 2, "lora_alpha": 4, "target_modules": ["q", "model.layers.2.v"], "layers_to_transform": [0]},
+    ),
+    "tied_and_ensured": make.Case(
+        make.llama(tie_word_embeddings=True),
+        {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        base_name="example/tiny-llama",
+    ),
     "fp16": make.Case(make.two_linears, {"r": 2, "lora_alpha": 4, "target_modules": ["fc"]}, dtype=torch.float16),
     "fp64": make.Case(make.two_linears, {"r": 2, "lora_alpha": 4, "target_modules": ["fc"]}, dtype=torch.float64),
 }
@@ -96,6 +105,13 @@ def load(written, folder):
     from peft import PeftModel
 
     return PeftModel.from_pretrained(copy.deepcopy(written.base), str(folder), autocast_adapter_dtype=False)
+
+
+def lora_layers(model):
+    """PEFT's layers by the path of the module they adapt."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(p.removeprefix("base_model.model."), m) for p, m in model.named_modules() if isinstance(m, LoraLayer)]
 
 
 def deltas(model, name="default"):

@@ -1,18 +1,21 @@
 """Files: PEFT's are read, ours are loaded by PEFT, bit for bit."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import loraforge as lf
 from loraforge.formats import peft as peft_format
 from loraforge_registry.errors import ConfigError, KeyMismatchError
-from tests.conformance.peft_cases import CASES, UNSUPPORTED, VECTORS, deltas, load, state, write
+from tests.conformance.peft_cases import CASES, UNSUPPORTED, VECTORS, deltas, load, lora_layers, make, state, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own remarks about its layers
 
@@ -171,3 +174,20 @@ def test_patterns_are_unambiguous_where_one_path_ends_in_another(tmp_path):
     assert {name: pair.rank for name, pair in lf.load(tmp_path / "again").targets.items()} == ranks
     patterns = peft_format.config_of(adapter).scaling.alpha_pattern
     assert r"^block\.proj" in patterns
+
+
+def test_dots_in_a_key_are_any_character_as_in_peft(tmp_path):
+    """The key x.a.b also matches the module x.a_b in PEFT."""
+    names = {"a": nn.ModuleDict({"b": nn.Linear(4, 4)}), "a_b": nn.Linear(4, 4)}
+    case = make.Case(
+        lambda: nn.ModuleDict({"x": nn.ModuleDict(copy.deepcopy(names))}),
+        {"r": 2, "lora_alpha": 2, "target_modules": ["b", "a_b"], "alpha_pattern": {"a.b": 20}},
+    )
+    written = write(case, tmp_path / "theirs")
+    adapter = lf.load(written.folder)
+    theirs = {path: layer.scaling["default"] for path, layer in lora_layers(written.model)}
+    assert {name: pair.scale for name, pair in adapter.targets.items()} == theirs == {"x.a.b": 10, "x.a_b": 10}
+    changed = {name: replace(pair, alpha=2.0 if "_" in name else 20.0) for name, pair in adapter.targets.items()}
+    lf.save(replace(adapter, targets=changed), tmp_path / "ours")
+    again = {path: layer.scaling["default"] for path, layer in lora_layers(load(written, tmp_path / "ours"))}
+    assert again == {"x.a.b": 10, "x.a_b": 1}

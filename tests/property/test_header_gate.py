@@ -34,7 +34,7 @@ def gate(data: bytes) -> Header:
 @given(safetensors_files())
 def test_well_formed_files_pass(data):
     theirs = dict(safetensors.deserialize(data))
-    ours = gate(data).by_name()
+    ours = {entry.name: entry for entry in gate(data).tensors}
     assert {name: (t.dtype, list(t.shape)) for name, t in ours.items()} == {
         name: (info["dtype"], info["shape"]) for name, info in theirs.items()
     }

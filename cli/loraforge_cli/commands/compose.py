@@ -1,5 +1,7 @@
 """``loraforge compose``: several adapters into one."""
 
+import contextlib
+
 import click
 
 from loraforge_cli.options import SOURCE, Session, common, refuse_url
@@ -32,14 +34,14 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> None:
-    r"""Combine adapters into one: the weighted sum of their updates, exactly.
+    """Combine adapters into one: the weighted sum of their updates, exactly.
 
     \b
     loraforge compose french:v1=0.7 law:v1=0.3 --rank 16 --as french-law:v1
 
     A weight is any number; without one it is 1. Ranks add up, until --rank, --energy or --max-params brings them
     down to the best approximation, whose error is printed and recorded.
-    """
+    """  # noqa: D301 - click's mark for a line to leave as it is
     parsed = [_term(term) for term in terms]
     ref = _result_name(name, dry_run=dry_run)
     from loraforge.compose import METHODS, rerank
@@ -64,6 +66,9 @@ def _term(text: str) -> tuple[str, float]:
         raise click.UsageError(f"{text}: this version has no recipes; give SOURCE=WEIGHT...")
     source, equals, weight = text.rpartition("=")
     if not equals:
+        with contextlib.suppress(ValueError):
+            float(text)
+            raise click.UsageError(f"{text!r} stands alone; write SOURCE=WEIGHT, without spaces")
         return text, 1.0
     try:
         return source, float(weight)

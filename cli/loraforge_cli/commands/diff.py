@@ -32,19 +32,29 @@ def command(session: Session, *, before: str, after: str, every: bool) -> None:
     first, second = open_source(session, before), open_source(session, after)
     rows = compare(first, second)
     settings, tensors = _settings(first, second), _tensors(first, second)
-    total = overall(rows)
+    total, outside = overall(rows), _outside(first, second)
     if session.as_json:
         targets = {
             row.target: {"norm_before": row.norm_before, "norm_after": row.norm_after, "relative": row.relative}
             for row in rows
         }
-        emit({"difference": total, "settings": settings, "tensors": tensors, "targets": targets})
+        emit(
+            {
+                "difference": total,
+                "settings": settings,
+                "tensors": tensors,
+                "targets": targets,
+                "beside_updates": outside,
+            }
+        )
         return
     _print_settings(settings)
     click.echo(
         f"tensors: {tensors['equal']} equal, {tensors['changed']} changed, "
         f"{tensors['removed']} removed, {tensors['added']} added"
     )
+    if outside:
+        click.echo(f"beside the updates: {', '.join(outside[:3])}{' ...' if len(outside) > 3 else ''} differ")
     click.echo(f"updates: differ by {total:.3g} of |dW|\n")
     click.echo(_table(rows, every=every))
 
@@ -76,6 +86,8 @@ def _summary(adapter: "Adapter") -> dict[str, object]:
         "tokens": {module: list(rows) for module, rows in settings.token_indices.items()},
         "bias": settings.bias,
         "fan_in_fan_out": settings.fan_in_fan_out,
+        "weight_tying": settings.weight_tying,
+        "base_mutating_init": settings.base_mutating_init,
         "targets": len(adapter.targets),
         "rank": spread(pair.rank for pair in pairs),
         "scale": spread(pair.scale for pair in pairs),
@@ -86,19 +98,27 @@ def _summary(adapter: "Adapter") -> dict[str, object]:
 
 def _tensors(first: "Adapter", second: "Adapter") -> dict[str, int]:
     """How many tensors are equal bit for bit, changed, removed, added."""
-    import torch
-
-    from loraforge.adapter import named_tensors
+    from loraforge.adapter import named_tensors, same_tensor
 
     before, after = named_tensors(first), named_tensors(second)
     both = before.keys() & after.keys()
-    equal = sum(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in both)
+    equal = sum(same_tensor(before[key], after[key]) for key in both)
     return {
         "equal": equal,
         "changed": len(both) - equal,
         "removed": len(before.keys() - after.keys()),
         "added": len(after.keys() - before.keys()),
     }
+
+
+def _outside(first: "Adapter", second: "Adapter") -> list[str]:
+    """The keys of what differs and is no factor: biases, magnitudes, whole saved tensors."""
+    from loraforge.adapter import named_tensors, same_tensor
+
+    before, after = named_tensors(first), named_tensors(second)
+    factors = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+    keys = sorted(key for key in before.keys() | after.keys() if not key.endswith(factors))
+    return [key for key in keys if not same_tensor(before.get(key), after.get(key))]
 
 
 def _table(rows: "list[Difference]", *, every: bool) -> str:

@@ -6,7 +6,7 @@ import click
 
 from loraforge_cli.describe import describe
 from loraforge_cli.lineage import names_by_digest, tree
-from loraforge_cli.options import SOURCE, Session, common
+from loraforge_cli.options import SOURCE, Session, common, stored
 from loraforge_cli.output import emit, table
 from loraforge_registry.names import Reference
 from loraforge_registry.refs import Move
@@ -23,7 +23,7 @@ def command(session: Session, *, source: str, reflog: bool) -> None:
     if reflog:
         _show_moves(session, store.reflog(source.partition(":")[0]))
         return
-    described = describe(store, store.resolve(source), Reference.parse(source).ref)
+    described = describe(store, stored(store, source), Reference.parse(source).ref)
     if session.as_json:
         emit(_lineage(store, described.as_json()))
     else:

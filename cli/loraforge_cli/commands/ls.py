@@ -4,6 +4,7 @@ import click
 
 from loraforge_cli.options import Session, common
 from loraforge_cli.output import count, emit, note, size, table
+from loraforge_registry.errors import NotFoundError
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Named
 
@@ -13,7 +14,12 @@ from loraforge_registry.store import Named
 @common
 def command(session: Session, *, name: str | None) -> None:
     """List names, or the tags of one NAME, with what they mean."""
-    lines = session.store().ls(None if name is None else RefName(name).name)
+    store = session.store()
+    lines = store.ls(None if name is None else RefName.parse(name).name)
+    if name is not None and ":" in name:
+        lines = [line for line in lines if str(line.ref) == name]
+    if name is not None and not lines:
+        raise NotFoundError(f"there is no {name} in {store.path}")
     if session.as_json:
         emit([_as_json(line) for line in lines])
         return

@@ -3,7 +3,7 @@
 import click
 
 from loraforge_cli.describe import describe
-from loraforge_cli.options import SOURCE, Session, common, refuse_url
+from loraforge_cli.options import SOURCE, Session, common, refuse_url, stored
 from loraforge_cli.output import emit, one_line
 from loraforge_cli.summary import line
 from loraforge_registry.paths import expand
@@ -20,7 +20,9 @@ def command(session: Session, *, name: str, target: str) -> None:
     """
     refuse_url(name)
     store = session.store()
-    digest = store.resolve(name)
+    digest = stored(store, name)
+    if not target:
+        raise click.UsageError("--to is empty; name a new directory")
     store.export(digest, expand(target))
     described = describe(store, digest)
     if session.as_json:

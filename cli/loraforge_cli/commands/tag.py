@@ -2,7 +2,7 @@
 
 import click
 
-from loraforge_cli.options import SOURCE, Session, common
+from loraforge_cli.options import SOURCE, Session, common, stored
 from loraforge_cli.output import emit
 from loraforge_registry.names import RefName
 
@@ -15,7 +15,7 @@ from loraforge_registry.names import RefName
 def command(session: Session, *, source: str, name: str, force: bool) -> None:
     """Give the adapter SOURCE the name NAME:TAG as well."""
     store = session.store()
-    digest, ref = store.resolve(source), RefName.parse(name)
+    digest, ref = stored(store, source), RefName.parse(name)
     store.tag(digest, ref, force=force)
     if session.as_json:
         emit({"digest": str(digest), "name": ref.name, "tag": ref.tag})

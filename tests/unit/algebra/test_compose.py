@@ -1,5 +1,6 @@
 """Laws of the sum and the re-rank, over adapters of any mixture."""
 
+import dataclasses
 import itertools
 import math
 
@@ -91,7 +92,9 @@ def test_stack_is_associative_and_commutative_in_what_it_computes(x, y, z):
 @given(adapters())
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_one_adapter_at_weight_one_is_itself(adapter):
-    assert lf.linear([(adapter, 1.0)]) is adapter
+    ours = lf.linear([(adapter, 1.0)])
+    assert ours.targets is adapter.targets
+    assert ours.derivation.inputs[0].source == lf.content_id(adapter)
 
 
 @given(adapters(), WEIGHTS)
@@ -118,6 +121,26 @@ def test_an_adapter_cancels_with_its_negative_exactly(adapter):
     ours = lf.linear([(adapter, 0.7), (adapter, -0.7)])
     assert set(ours.targets) == set(adapter.targets)
     assert all(float(low.delta().abs().max()) == 0 for low in ours.targets.values())
+
+
+def test_weights_that_cancel_but_for_rounding_cancel():
+    adapter = Adapter({"t": pair("linear", 6, 5, 2, alpha=2.0, rslora=False, seed=1)})
+    zero = lf.linear([(adapter, 0.1), (adapter, 0.2), (adapter, -0.3)]).targets["t"]
+    assert not zero.delta().any()
+
+
+def test_a_small_weight_is_not_rounding():
+    small, large = (Adapter({"t": pair("linear", 6, 5, 2, alpha=2.0, rslora=False, seed=s)}) for s in (1, 2))
+    assert lf.linear([(small, 1e-20), (large, 1.0)]).targets["t"].rank == 4
+
+
+def test_an_origin_is_not_believed_once_the_adapter_was_changed(tmp_path):
+    registry = lf.Registry(tmp_path / "store")
+    registry.push(Adapter({"t": pair("linear", 6, 5, 2, alpha=2.0, rslora=False, seed=1)}), "a:v1")
+    loaded = registry.load("a:v1")
+    assert lf.linear([(loaded, 0.5)]).derivation.inputs[0].source == loaded.origin
+    edited = dataclasses.replace(loaded, targets={"t": dataclasses.replace(loaded.targets["t"], alpha=9.0)})
+    assert lf.linear([(edited, 0.5)]).derivation.inputs[0].source == lf.content_id(edited)
 
 
 @given(adapters(), adapters())
