@@ -6,7 +6,7 @@
     small = lf.rerank(blend, rank=16)
     small.report.error                          # |dW - dW_16| / |dW| over all targets
     lf.save(small.adapter, "out/")              # a directory PEFT loads
-    lf.Registry().push(small.adapter, "blend:v1")
+    lf.Registry().push(small, "blend:v1")            # with its lineage and its error
 
 Importing this package imports neither torch nor anything else that is slow; names arrive when they are used.
 """

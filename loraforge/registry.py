@@ -1,11 +1,10 @@
 """Adapters in and out of a store: where the algebra meets the registry."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from loraforge.adapter import Adapter
+from loraforge.compose import Reranked
 from loraforge.formats import peft
-from loraforge_registry.canonical import Value
 from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, StoreError
@@ -33,22 +32,24 @@ class Registry:
 
     def push(
         self,
-        source: Adapter | AnyPath,
+        source: Adapter | Reranked | AnyPath,
         name: str | None = None,
         *,
-        report: Mapping[str, Value] | None = None,
         force: bool = False,
     ) -> Digest:
         """Store an adapter and return its artifact digest; with ``name`` (``name[:tag]``), name it so.
 
         A PEFT directory is kept byte for byte; an adapter in memory is written in canonical form, with how it was
-        derived. Pushing the same again changes nothing. The tag ``latest`` moves, others only with ``force``.
+        derived, and a re-ranked one with the error it makes. Pushing the same again changes nothing. The tag
+        ``latest`` moves, others only with ``force``.
 
         Raises:
             FormatError: the files are refused; nothing is stored.
             ConflictError: the tag means another artifact already.
         """
         ref = None if name is None else RefName.parse(name)
+        report = source.report.as_record() if isinstance(source, Reranked) else None
+        source = source.adapter if isinstance(source, Reranked) else source
         if isinstance(source, Adapter):
             incoming = peft.encode(source)
             found = self.store.put(incoming, derivation=source.derivation, report=report, name=ref, force=force)

@@ -217,7 +217,9 @@ def test_python_and_the_command_line_share_a_store(two, run):
     adapter = registry.load("french:v1")
     assert str(adapter.origin.digest) == run("show", "french:v1", "--json").json["digest"]
     small = lf.rerank(adapter, rank=1)
-    digest = registry.push(small.adapter, "small:v1", report=small.report.as_record())
-    assert run("show", "small:v1", "--json").json["digest"] == str(digest)
+    digest = registry.push(small, "small:v1")
+    shown = run("show", "small:v1", "--json").json
+    assert shown["digest"] == str(digest)
+    assert shown["report"]["error"] == pytest.approx(small.report.error, rel=1e-5)
     assert Store().resolve("small:v1") == digest
     assert [str(line.ref) for line in registry.ls()] == ["french:v1", "law:v1", "small:v1"]

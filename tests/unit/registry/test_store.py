@@ -1,8 +1,10 @@
 """The laws of a store: one value, one object; a name moves by compare-and-swap; the cache says nothing new."""
 
+import itertools
 import os
 import shutil
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -510,3 +512,19 @@ def test_a_source_with_other_numbers_meanwhile_is_stored_as_it_is_read(sources):
     (sources[0].parent / "again").mkdir()
     store.export(digest, sources[0].parent / "again")
     assert put(store, sources[0]).digest == digest
+
+
+def test_everybody_who_moves_latest_at_once_succeeds(store, sources):
+    """Eight writers and one name: each move is recorded once, on top of the one before."""
+    digests = [put(store, source).digest for source in sources]
+
+    def move(seed: int) -> None:
+        own = Store(store.path)
+        for turn in range(10):
+            own.tag(digests[(seed + turn) % len(digests)], LATEST)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(move, range(8)))
+    moves = store.reflog("a")
+    assert all(after.old == before.new for before, after in itertools.pairwise(moves))
+    assert moves[-1].new == store.resolve("a")
