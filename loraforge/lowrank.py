@@ -90,15 +90,6 @@ def rank_for_energy(s: Tensor, share: float) -> int:
     return int((energy < share * energy[-1] * (1 - 1e-15)).sum()) + 1
 
 
-def inner(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> float:
-    r"""Return the Frobenius inner product ``<b1 @ a1, b2 @ a2> = tr((b1^T b2)(a2 a1^T))``.
-
-    Cost: O((m + n) r1 r2).
-    """
-    a1, b1, a2, b2 = _work(a1), _work(b1), _work(a2), _work(b2)
-    return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
-
-
 def norm(a: Tensor, b: Tensor) -> float:
     """Return the Frobenius norm of ``b @ a``: that of ``R_B R_A^T``, with no cancellation."""
     return float(torch.linalg.matrix_norm(_r_factor(_qr(_work(b))) @ _r_factor(_qr(_work(a).T)).T))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loraforge_registry import objects
 from loraforge_registry.errors import ConflictError, InputOutputError, StoreError
-from loraforge_registry.files import Buffer, Files
+from loraforge_registry.files import Buffer, Files, named_error
 from loraforge_registry.manifest import File, Manifest
 
 
@@ -48,7 +48,7 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
         staging = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
         staging.mkdir()
     except OSError as error:
-        raise InputOutputError(error.errno, f"{target.parent}: {error.strerror}") from error
+        raise named_error(error, target.parent) from error
     try:
         for name, chunks in contents.items():
             _write_file(staging / name, chunks())
@@ -58,7 +58,7 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
     except OSError as error:
         if isinstance(error, InputOutputError):
             raise
-        raise InputOutputError(error.errno, f"{target}: {error.strerror}") from error
+        raise named_error(error, target) from error
     finally:
         _discard(staging)
 

@@ -114,7 +114,7 @@ def read_layout(config: AdapterConfig, tensors: Iterable[TensorEntry]) -> Layout
             "weights, or silently do nothing); name the module in target_modules or modules_to_save, or take the "
             "tensor out"
         )
-    _check_announced(config, targets, extras, matcher)
+    _check_announced(config.settings, scales, targets, extras)
     _check_dtypes(entries, extras)
     _check_tokens(config.settings, extras, entries)
     return Layout(targets, tuple(sorted(extras)), config.settings)
@@ -251,10 +251,10 @@ class _Targeted:
         self._excluded = _NameSet(settings.exclude_modules, matcher)
 
     def includes(self, name: str, kind: str) -> bool:
-        settings, last = self._settings, name.rpartition(".")[2]
+        settings, last = self._settings, _last(name)
         if self._excluded.has(name) or any(self._is_saved_whole(name, entry) for entry in settings.modules_to_save):
             return False
-        if settings.weight_tying and last in _EMBEDDING_NAMES:
+        if settings.weight_tying and last in _EMBEDDING_NAMES and self._wanted.names_an_embedding():
             return True  # PEFT adapts the tied twin of a target as well
         if settings.target_modules == "all-linear":
             return kind == "linear" and last not in _OUTPUT_HEADS
@@ -284,6 +284,10 @@ class _NameSet:
             return self._matcher.full_match(self._pattern, name)
         return any(suffix in self._ends for suffix in patterns.suffixes(name))
 
+    def names_an_embedding(self) -> bool:
+        """Whether an entry means an input or output embedding, which may be tied to the other."""
+        return any(_last(entry) in _EMBEDDING_NAMES for entry in self._ends)
+
     def has_exactly(self, name: str) -> bool:
         """Whether a path is named in full, or by the pattern: then layers_to_transform does not count."""
         return self._pattern is not None or name in self._ends
@@ -306,13 +310,13 @@ def _is_accounted_for(key: str, targets: Mapping[str, Target], settings: Setting
         return True
     module, _, parameter = key.rpartition(".")
     owner = module.removesuffix(".base_layer")
-    tied = settings.weight_tying and module.rpartition(".")[2] in _EMBEDDING_NAMES
-    if tied and any(entry.rpartition(".")[2] in _EMBEDDING_NAMES for entry in settings.modules_to_save):
+    tied = settings.weight_tying and _last(module) in _EMBEDDING_NAMES
+    if tied and any(_last(entry) in _EMBEDDING_NAMES for entry in settings.modules_to_save):
         return True
     if parameter == "bias":
         return settings.bias == "all" or (settings.bias == "lora_only" and owner in targets)
     is_base_weight = parameter == "weight" and owner != module and owner in targets
-    return is_base_weight and owner.rpartition(".")[2] in _EMBEDDING_NAMES
+    return is_base_weight and _last(owner) in _EMBEDDING_NAMES
 
 
 def _is_saved_by(key: str, entry: str) -> bool:
@@ -331,17 +335,14 @@ def _token_rows(key: str, settings: Settings) -> tuple[int, ...] | None:
         return None
     module = key.removesuffix(SUFFIXES["tokens"])
     for entry, rows in settings.token_indices.items():
-        tied = settings.weight_tying and module.rpartition(".")[2] in _EMBEDDING_NAMES
+        tied = settings.weight_tying and {_last(module), _last(entry)} <= set(_EMBEDDING_NAMES)
         if not entry or tied or patterns.ends_with_path(module, entry):
             return rows
     return None
 
 
-def _check_announced(
-    config: AdapterConfig, targets: Mapping[str, Target], extras: Iterable[str], matcher: Matcher
-) -> None:
+def _check_announced(settings: Settings, scales: _Scales, targets: Collection[str], extras: Collection[str]) -> None:
     """Everything the config announces has at least one tensor."""
-    settings, extras = config.settings, list(extras)
     ends = {suffix for name in targets for suffix in patterns.suffixes(name)}
     wanted = settings.target_modules if isinstance(settings.target_modules, tuple) else ()
     if settings.exclude_modules is not None or settings.layers_to_transform is not None:
@@ -357,16 +358,10 @@ def _check_announced(
         for item in settings.token_indices
         if not any(key.endswith(item + SUFFIXES["tokens"]) for key in extras)
     ]
-    for what, keys in (("rank", config.scaling.rank_pattern), ("alpha", config.scaling.alpha_pattern)):
-        missing += [f"{what}_pattern {item!r}" for item in keys if not _matches_any(item, ends, targets, matcher)]
+    missing += [f"rank_pattern {item!r}" for item in scales.ranks.unmatched(targets)]
+    missing += [f"alpha_pattern {item!r}" for item in scales.alphas.unmatched(targets)]
     if missing:
         raise KeyMismatchError(f"{_listing(missing)}: announced by the config, but no tensor belongs to it")
-
-
-def _matches_any(pattern: str, ends: Collection[str], names: Iterable[str], matcher: Matcher) -> bool:
-    if patterns.is_plain(pattern):
-        return pattern in ends
-    return any(PatternTable({pattern: True}, matcher).find(name, default=False) for name in names)
 
 
 def _check_tokens(settings: Settings, extras: Iterable[str], entries: Mapping[str, TensorEntry]) -> None:
@@ -385,6 +380,11 @@ def _check_dtypes(entries: Mapping[str, TensorEntry], keys: Iterable[str]) -> No
             raise KeyMismatchError(
                 f"tensor {key!r} is {entries[key].dtype}; expected {', '.join(sorted(LOADABLE_DTYPES))}"
             )
+
+
+def _last(path: str) -> str:
+    """The last component of a dotted path."""
+    return path.rpartition(".")[2]
 
 
 def _listing(keys: list[str]) -> str:

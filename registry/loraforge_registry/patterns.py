@@ -9,7 +9,7 @@ import functools
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -100,6 +100,7 @@ class PatternTable(Generic[V]):
     """
 
     def __init__(self, patterns: Mapping[str, V], matcher: "Matcher") -> None:
+        self._keys = list(patterns)
         self._values = list(patterns.values())
         self._matcher = matcher
         self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
@@ -120,6 +121,12 @@ class PatternTable(Generic[V]):
             if self._matcher.full_match(rule, name):
                 return self._values[place]
         return self._values[first] if first < len(self._values) else default
+
+    def unmatched(self, names: Collection[str]) -> list[str]:
+        """Return the keys that match none of ``names``."""
+        matched = {place for name in names for place in self.plain_matches(name)}
+        matched |= {p for p, rule in self._regular if any(self._matcher.full_match(rule, name) for name in names)}
+        return [key for place, key in enumerate(self._keys) if place not in matched]
 
     def plain_matches(self, name: str) -> Iterator[int]:
         """Yield the places of the plain keys that match."""

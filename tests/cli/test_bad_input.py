@@ -429,6 +429,12 @@ CONFIGS = [
         {**tensors(), **pair("lm_head")},
     ),
     settings(
+        "a tied output head whose twin is no target",
+        config(ensure_weight_tying=True),
+        "lm_head",
+        {**tensors(), **pair("lm_head")},
+    ),
+    settings(
         "LoRA on a module that is saved whole",
         config(target_modules=["q", "v"], modules_to_save=["v"]),
         "v.lora_A",

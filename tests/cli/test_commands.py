@@ -196,6 +196,14 @@ def test_tables_fit_eighty_columns(two, run):
         assert max(map(len, tables)) <= WIDTH, arguments
 
 
+def test_the_command_line_offers_every_method():
+    from loraforge.compose import METHODS
+    from loraforge_cli.commands.compose import command
+
+    choices = next(option for option in command.params if option.name == "method").type.choices
+    assert list(choices) == list(METHODS)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(run, command):
     ran = run(command, "--help")

@@ -38,8 +38,8 @@ def command(session: Session, *, source: str, name: str | None, force: bool) -> 
         before = store.lookup(ref)
         with open_adapter(path) as incoming:
             digest = store.put(incoming, name=ref, force=force).digest
-        if before not in (None, digest):
-            note(f"{ref} moved from sha256:{before.short if before else ''}", quiet=session.quiet)
+        if before is not None and before != digest:
+            note(f"{ref} moved from sha256:{before.short}", quiet=session.quiet)
         left_out = find_adapter(path).left_out
         if left_out:
             note(f"left out (no part of an adapter): {', '.join(left_out[:8])}", quiet=session.quiet)

@@ -45,14 +45,13 @@ def test_truncation_error_is_the_tail(shape, rank):
 
 @given(SHAPES, st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_norm_and_inner_do_not_depend_on_the_gauge(shape, other_seed):
+def test_the_norm_does_not_depend_on_the_gauge(shape, other_seed):
     a, b = factors(*shape)
     rank = shape[2]
     turn = torch.linalg.qr(factors(rank, rank, rank, other_seed)[0])[0]
     a2, b2 = turn @ a, b @ turn.T
     dense = b @ a
     assert lowrank.norm(a2, b2) == pytest.approx(float(dense.norm()), rel=1e-10)
-    assert lowrank.inner(a, b, a2, b2) == pytest.approx(float(dense.norm() ** 2), rel=1e-10)
 
 
 def test_signs_are_fixed_so_that_equal_products_give_equal_factors():
