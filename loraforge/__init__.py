@@ -18,6 +18,11 @@ from loraforge_registry.errors import LoraforgeError
 
 if TYPE_CHECKING:
     from loraforge.adapter import Adapter, BaseModel, LowRank, content_id
+    from loraforge.checkpoint.extract import Extracted, extract
+    from loraforge.checkpoint.inplace import merge_in_place, unmerge_in_place
+    from loraforge.checkpoint.merge import merge, preview_merge, unmerge
+    from loraforge.checkpoint.result import MergeResult
+    from loraforge.checkpoint.verify import VerifyReport, verify_merge
     from loraforge.compose import METHODS, Reranked, RerankReport, TargetReport, linear, rerank, stack
     from loraforge.formats.peft import save
     from loraforge.registry import Registry, load
@@ -27,37 +32,57 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "loraforge.adapter",
     "BaseModel": "loraforge.adapter",
+    "Extracted": "loraforge.checkpoint.extract",
     "LowRank": "loraforge.adapter",
     "METHODS": "loraforge.compose",
+    "MergeResult": "loraforge.checkpoint.result",
     "Registry": "loraforge.registry",
     "RerankReport": "loraforge.compose",
     "Reranked": "loraforge.compose",
     "TargetReport": "loraforge.compose",
+    "VerifyReport": "loraforge.checkpoint.verify",
     "content_id": "loraforge.adapter",
+    "extract": "loraforge.checkpoint.extract",
     "linear": "loraforge.compose",
     "load": "loraforge.registry",
+    "merge": "loraforge.checkpoint.merge",
+    "merge_in_place": "loraforge.checkpoint.inplace",
+    "preview_merge": "loraforge.checkpoint.merge",
     "rerank": "loraforge.compose",
     "save": "loraforge.formats.peft",
     "stack": "loraforge.compose",
+    "unmerge": "loraforge.checkpoint.merge",
+    "unmerge_in_place": "loraforge.checkpoint.inplace",
+    "verify_merge": "loraforge.checkpoint.verify",
 }
 
 __all__ = [
     "METHODS",
     "Adapter",
     "BaseModel",
+    "Extracted",
     "LoraforgeError",
     "LowRank",
+    "MergeResult",
     "Registry",
     "RerankReport",
     "Reranked",
     "TargetReport",
+    "VerifyReport",
     "__version__",
     "content_id",
+    "extract",
     "linear",
     "load",
+    "merge",
+    "merge_in_place",
+    "preview_merge",
     "rerank",
     "save",
     "stack",
+    "unmerge",
+    "unmerge_in_place",
+    "verify_merge",
 ]
 
 

@@ -25,6 +25,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "du": ("du", "How much the store holds, and how much of it is needed."),
     "compose": ("compose", "Combine adapters into one, exactly."),
     "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
+    "merge": ("merge", "Write adapters into a base checkpoint."),
+    "unmerge": ("unmerge", "Take them out again, bit for bit."),
+    "verify": ("verify", "Is a merged checkpoint what its receipt says?"),
+    "extract": ("extract", "A LoRA out of a full fine-tune."),
     "demo": ("demo", "See it all work, offline, in a minute."),
 }
 
@@ -90,8 +94,9 @@ def cli(ctx: click.Context, store: str | None, *, as_json: bool, quiet: bool) ->
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    code: object = 0
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.exceptions.NoArgsIsHelpError as help_page:
@@ -112,7 +117,7 @@ def main() -> NoReturn:
         _fail("memory", "out of memory", 5)
     except ModuleNotFoundError as error:
         _fail("missing_extra", f"{error.name} is not installed", 2)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(kind: str, message: str, code: int) -> NoReturn:

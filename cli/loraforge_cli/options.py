@@ -1,7 +1,9 @@
 """What every command takes, and what a source is."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
@@ -84,3 +86,20 @@ def refuse_url(text: str) -> None:
     """Refuse a URL: this version has no remotes."""
     if "://" in text:
         raise click.UsageError(f"{text}: this version has no remotes; name a directory, or an adapter in the store")
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """Read SOURCE[=WEIGHT]; a path may hold an equals sign of its own."""
+    refuse_url(text)
+    if text.endswith((".yaml", ".yml")):
+        raise click.UsageError(f"{text}: this version has no recipes; give SOURCE=WEIGHT...")
+    source, equals, weight = text.rpartition("=")
+    if not equals or (is_path(text) and Path(text).exists()):
+        with contextlib.suppress(ValueError):
+            float(text)
+            raise click.UsageError(f"{text!r} stands alone; write SOURCE=WEIGHT, without spaces")
+        return text, 1.0
+    try:
+        return source, float(weight)
+    except ValueError:
+        raise click.UsageError(f"{text}: {weight!r} is not a weight; expected SOURCE=NUMBER") from None

@@ -333,4 +333,4 @@ def _plain(names: tuple[str, ...] | str | None) -> object:
 
 def _tidy(number: float) -> float:
     """An int where the value is whole: PEFT declares lora_alpha as int."""
-    return int(number) if number.is_integer() else number
+    return int(number) if float(number).is_integer() else number

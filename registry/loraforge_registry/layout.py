@@ -142,7 +142,7 @@ def _functional_settings(layout: Layout) -> dict[str, canonical.Value]:
         found["base_mutating_init"] = settings.base_mutating_init
     if settings.fan_in_fan_out:
         found["fan_in_fan_out"] = True
-    tokens = {key.removesuffix(SUFFIXES["tokens"]): _token_rows(key, settings) for key in layout.extras}
+    tokens = {key.removesuffix(SUFFIXES["tokens"]): token_rows(key, settings) for key in layout.extras}
     if any(rows is not None for rows in tokens.values()):
         found["tokens"] = {module: list(rows) for module, rows in tokens.items() if rows is not None}
     if settings.weight_tying:
@@ -305,7 +305,7 @@ def _account_for_rest(
 
 def _is_accounted_for(key: str, targets: Mapping[str, Target], settings: Settings) -> bool:
     if key.endswith(SUFFIXES["tokens"]):
-        return _token_rows(key, settings) is not None
+        return token_rows(key, settings) is not None
     if any(_is_saved_by(key, entry) for entry in settings.modules_to_save):
         return True
     module, _, parameter = key.rpartition(".")
@@ -329,7 +329,7 @@ def _is_saved_by(key: str, entry: str) -> bool:
     return False
 
 
-def _token_rows(key: str, settings: Settings) -> tuple[int, ...] | None:
+def token_rows(key: str, settings: Settings) -> tuple[int, ...] | None:
     """The token numbers of a tensor of trained rows; None for any other tensor."""
     if not key.endswith(SUFFIXES["tokens"]):
         return None
@@ -366,7 +366,7 @@ def _check_announced(settings: Settings, scales: _Scales, targets: Collection[st
 
 def _check_tokens(settings: Settings, extras: Iterable[str], entries: Mapping[str, TensorEntry]) -> None:
     for key in extras:
-        rows = _token_rows(key, settings)
+        rows = token_rows(key, settings)
         if rows is not None and (len(entries[key].shape) != 2 or entries[key].shape[0] != len(rows)):
             raise KeyMismatchError(
                 f"tensor {key!r} has shape {list(entries[key].shape)}, expected {len(rows)} rows as in "

@@ -250,6 +250,20 @@ class Store:
             todo += [parent for parent in lineage if self.has(parent)]
         return reachable
 
+    def find_content(self, content_id: Digest) -> Digest | None:
+        """Return an artifact that computes this, named or not, or None.
+
+        Cost: one query of the index; an artifact that is missing there costs reading its manifest.
+        """
+        if self._files is None:
+            return None
+        known = index.read_summaries(self.path)
+        for digest in objects.list_digests(self._files, objects.MANIFESTS):
+            summary = known.get(digest)
+            if (summary.content_id if summary else self.manifest(digest).content_id) == content_id:
+                return digest
+        return None
+
     def has(self, digest: Digest) -> bool:
         """Whether the store holds an artifact."""
         return self._files is not None and self._files.exists(f"{objects.MANIFESTS}/{digest.hex[:2]}", digest.hex)

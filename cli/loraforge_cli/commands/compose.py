@@ -1,10 +1,8 @@
 """``loraforge compose``: several adapters into one."""
 
-import contextlib
-
 import click
 
-from loraforge_cli.options import SOURCE, Session, common, refuse_url
+from loraforge_cli.options import SOURCE, Session, common, weighted
 from loraforge_registry.names import RefName
 
 
@@ -42,7 +40,7 @@ def command(
     A weight is any number; without one it is 1. Ranks add up, until --rank, --energy or --max-params brings them
     down to the best approximation, whose error is printed and recorded.
     """  # noqa: D301 - click's mark for a line to leave as it is
-    parsed = [_term(term) for term in terms]
+    parsed = [weighted(term) for term in terms]
     ref = _result_name(name, dry_run=dry_run)
     from loraforge.compose import METHODS, rerank
     from loraforge_cli.sources import open_source, print_plan, print_result, store_result
@@ -57,23 +55,6 @@ def command(
         return
     described = store_result(session, result, [source for source, _ in parsed], ref, report, force=force)
     print_result(session, described, report)
-
-
-def _term(text: str) -> tuple[str, float]:
-    """Read SOURCE=WEIGHT; a path may hold an equals sign of its own."""
-    refuse_url(text)
-    if text.endswith((".yaml", ".yml")):
-        raise click.UsageError(f"{text}: this version has no recipes; give SOURCE=WEIGHT...")
-    source, equals, weight = text.rpartition("=")
-    if not equals:
-        with contextlib.suppress(ValueError):
-            float(text)
-            raise click.UsageError(f"{text!r} stands alone; write SOURCE=WEIGHT, without spaces")
-        return text, 1.0
-    try:
-        return source, float(weight)
-    except ValueError:
-        raise click.UsageError(f"{text}: {weight!r} is not a weight; expected SOURCE=NUMBER") from None
 
 
 def _result_name(name: str | None, *, dry_run: bool) -> RefName | None:

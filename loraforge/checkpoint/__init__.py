@@ -1,0 +1,1 @@
+"""Base checkpoints on disk: streaming merge, exact unmerge, verification, extraction."""

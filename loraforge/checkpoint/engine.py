@@ -1,0 +1,288 @@
+"""Tensors go through here in blocks: read, taken back, changed, hashed, measured, written.
+
+One tensor is one job, done from its first block to its last by one thread, so digests and records need no
+reassembling; several threads take several tensors. What is computed does not depend on blocks or threads.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import local
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from loraforge.adapter import DTYPES
+from loraforge.checkpoint.changes import Change, Outcome, corrected, corrections
+from loraforge.checkpoint.exact import FORMATS, bits_of
+from loraforge.checkpoint.reader import Checkpoint, TensorAt
+from loraforge.checkpoint.residual import Residual, ResidualWriter
+from loraforge.checkpoint.workspace import Workspace
+from loraforge.errors import NumericalError
+from loraforge_registry.digest import Digest
+
+BLOCK = 131_072  # elements: what a core's cache holds of a block's buffers
+MEASURED = 8  # blocks of a tensor, evenly spread, on whose first elements fidelity is measured
+SAMPLE = 32_768  # how many of a block's elements
+MAX_WORKERS = 4
+
+Write: TypeAlias = Callable[[TensorAt, int, memoryview], None]
+"""Takes (tensor, byte offset in it, bytes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """How the tensor that is read is taken back to what it was before an earlier merge."""
+
+    change: Change
+    residual: Callable[[], Residual]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor: read; with ``undo`` taken back to its original; with ``change`` changed from there."""
+
+    tensor: TensorAt
+    change: Change | None = None
+    undo: Undo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How much of an update survived the rounding, on the elements that were measured.
+
+    ``wanted`` is |dW|^2, ``lost`` is |(W' - W) - dW|^2; ``changed`` of ``measured`` elements have other bits.
+    """
+
+    wanted: float = 0.0
+    lost: float = 0.0
+    changed: int = 0
+    measured: int = 0
+
+    @property
+    def error(self) -> float:
+        """``|(W' - W) - dW| / |dW|``; 0 where there is no update."""
+        return math.sqrt(self.lost / self.wanted) if self.wanted else 0.0
+
+    @property
+    def share_changed(self) -> float:
+        """The share of elements whose bits changed."""
+        return self.changed / self.measured if self.measured else 0.0
+
+    def __add__(self, other: "Fidelity") -> "Fidelity":
+        return Fidelity(
+            self.wanted + other.wanted,
+            self.lost + other.lost,
+            self.changed + other.changed,
+            self.measured + other.measured,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of one tensor: digests of what was read, of the original, of the result, and the undo record."""
+
+    tensor: TensorAt
+    read: Digest | None
+    original: Digest | None
+    result: Digest | None
+    residual: bytes = b""
+    aux: bytes = b""
+    fidelity: Fidelity = field(default_factory=Fidelity)
+
+
+def run_jobs(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    write: Write | None,
+    *,
+    hashed: bool = True,
+    sampled: bool = False,
+    checked: bool = True,
+) -> Iterator[Done]:
+    """Do every job, the largest first; yield each as it ends.
+
+    Without ``hashed`` there are no digests and no undo records; ``sampled`` does only the blocks that are measured;
+    without ``checked`` infinities pass (some of what is read may be pages that are done already).
+
+    Cost: one pass over the tensors; memory of some blocks a thread.
+
+    Raises:
+        NumericalError: NaN or infinity in a result, naming the tensor.
+        InputOutputError: it cannot be read or written.
+    """
+    spaces = local()
+
+    def run(job: Job) -> Done:
+        torch.set_num_threads(1)
+        if not hasattr(spaces, "own"):
+            spaces.own = Workspace()
+        return _Pass(checkpoint, job, spaces.own, hashed=hashed, checked=checked).run(write, sampled=sampled)
+
+    yield from _in_threads(run, sorted(jobs, key=lambda job: -job.tensor.nbytes))
+
+
+def blocks_of(tensor: TensorAt) -> list[slice]:
+    """Return the rows of each block: a function of the shape alone."""
+    rows, columns = matrix_shape(tensor)
+    step = max(1, BLOCK // max(columns, 1))
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def matrix_shape(tensor: TensorAt) -> tuple[int, int]:
+    """Return a tensor's shape as a matrix: the first dimension by all the others."""
+    shape = tensor.entry.shape
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def read_block(checkpoint: Checkpoint, tensor: TensorAt, rows: slice, space: Workspace) -> Tensor:
+    """Read some rows into a buffer of ``space``."""
+    columns = matrix_shape(tensor)[1]
+    width = columns * tensor.itemsize
+    raw = space("raw", torch.uint8, ((rows.stop - rows.start) * width,))
+    checkpoint.read_into(tensor, rows.start * width, raw.numpy().data)
+    return raw.view(DTYPES[tensor.entry.dtype]).view(rows.stop - rows.start, columns)
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    """Return a contiguous tensor's bytes, without a copy."""
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy().data)
+
+
+class _Pass:
+    """One job on its way through its blocks."""
+
+    def __init__(self, checkpoint: Checkpoint, job: Job, space: Workspace, *, hashed: bool, checked: bool) -> None:
+        self.checkpoint, self.job, self.space = checkpoint, job, space
+        self.columns = matrix_shape(job.tensor)[1]
+        self.checked = checked
+        self.read, self.original, self.result = (blake3() if hashed else None for _ in range(3))
+        self.record = ResidualWriter(job.tensor.itemsize)
+        self.fidelity = Fidelity()
+        self.residual = None if job.undo is None else job.undo.residual()
+
+    def run(self, write: Write | None, *, sampled: bool) -> Done:
+        """Do the job."""
+        tensor, blocks = self.job.tensor, blocks_of(self.job.tensor)
+        stride = max(1, len(blocks) // MEASURED)
+        if self.job.change is not None:
+            self.job.change.prepare(lambda rows: self._original(rows, None), blocks, self.space)
+        for number, rows in enumerate(blocks):
+            if sampled and number % stride:
+                continue
+            block = self._original(rows, self.read)
+            values = block
+            if self.job.change is not None:
+                values = self._changed(self.job.change, block, rows, measured=number % stride == 0)
+            _update(self.original, block)
+            if write is not None:
+                write(tensor, rows.start * self.columns * tensor.itemsize, as_bytes(values))
+        return self._done()
+
+    def _original(self, rows: slice, read: "blake3 | None") -> Tensor:
+        block = read_block(self.checkpoint, self.job.tensor, rows, self.space)
+        if self.job.undo is None or self.residual is None:
+            return block
+        _update(read, block)
+        guess = self.job.undo.change.guess(block, rows, self.space)
+        found = self.residual.within(rows.start * self.columns, rows.stop * self.columns)
+        # out of the workspace, which the change uses next
+        return corrected(guess, *found).clone()
+
+    def _changed(self, change: Change, block: Tensor, rows: slice, *, measured: bool) -> Tensor:
+        outcome = change.forward(block, rows, self.space)
+        if self.checked:
+            _check_finite(self.job.tensor, block, outcome.values, rows)
+        if measured:
+            self.fidelity += _fidelity(block, outcome)
+        if self.result is not None:
+            self.result.update(as_bytes(outcome.values))
+            places, differences = corrections(change, block, outcome, rows)
+            self.record.add(places + rows.start * self.columns, differences)
+        return outcome.values
+
+    def _done(self) -> Done:
+        job = self.job
+        original = _digest(self.original)
+        return Done(
+            tensor=job.tensor,
+            read=original if job.undo is None else _digest(self.read),
+            original=original,
+            result=original if job.change is None else _digest(self.result),
+            residual=b"" if job.change is None or self.result is None else self.record.encode(),
+            aux=b"" if job.change is None else job.change.aux,
+            fidelity=self.fidelity,
+        )
+
+
+def _update(hasher: "blake3 | None", values: Tensor) -> None:
+    if hasher is not None:
+        hasher.update(as_bytes(values))
+
+
+def _digest(hasher: "blake3 | None") -> Digest | None:
+    return None if hasher is None else Digest.from_raw("blake3", hasher.digest())
+
+
+def _check_finite(tensor: TensorAt, block: Tensor, values: Tensor, rows: slice) -> None:
+    kind = FORMATS.get(values.dtype)
+    if kind is None or not values.numel():
+        return
+    bits = bits_of(values)
+    if int((bits & kind.magnitude).max()) < kind.exponent:
+        return
+    row, column = (int(i) for i in np.argwhere((bits & kind.exponent) == kind.exponent)[0])
+    before, after = float(block[row, column]), float(values[row, column])
+    index = list(np.unravel_index((rows.start + row) * values.shape[1] + column, tensor.entry.shape or (1,)))
+    where = f"tensor {tensor.entry.name!r} at {[int(i) for i in index]}"
+    if not math.isfinite(before):
+        raise NumericalError(f"{where}: the base holds {before}; nothing can be merged into it")
+    raise NumericalError(f"{where}: {before:g} would become {after}, beyond what {tensor.entry.dtype} can hold")
+
+
+def _fidelity(block: Tensor, outcome: Outcome) -> Fidelity:
+    old, new = block.reshape(-1)[:SAMPLE], outcome.values.reshape(-1)[:SAMPLE]
+    changed = int(np.count_nonzero(bits_of(old) != bits_of(new)))
+    if outcome.sums is None:
+        return Fidelity(changed=changed, measured=len(old))
+    sums = outcome.sums.reshape(-1)[:SAMPLE]
+    return Fidelity(_square(sums - old), _square(sums - new), changed, len(old))
+
+
+def _square(numbers: Tensor) -> float:
+    return float(torch.dot(numbers, numbers))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Let torch use one thread a worker: blocks are small, and two workers on two tensors beat two on one."""
+    before = torch.get_num_threads()
+    try:
+        yield max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else before))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_threads(run: Callable[[Job], Done], jobs: Iterable[Job]) -> Iterator[Done]:
+    """Run jobs on a few threads; the first error stops the rest and is raised."""
+    waiting = iter(jobs)
+    running: set[Future[Done]] = set()
+    with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+        try:
+            for job in waiting:
+                running.add(pool.submit(run, job))
+                if len(running) > workers:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            for future in running:
+                future.cancel()

@@ -1,0 +1,115 @@
+"""What an exact unmerge must remember: a few corrections, sparse before they meet a codec.
+
+Unmerging computes ``V = RN(W' - dW)`` from the merged W' and the adapters, and V is W but for the few elements where
+rounding W' lost what it takes to tell. For those the record keeps the place and ``ord(W) - ord(V)``, with ord the
+order-preserving map of a float's bits onto the integers, so that a neighbour is 1 away, across zero, too.
+At ``|dW|/|W| = 0.005`` in bfloat16 about one element in a hundred has one, nearly always +1 or -1.
+
+Coded: gaps between places and zigzag differences, each split into byte planes (nearly all the high bytes are 0), each
+plane by DEFLATE with its run-length strategy, which costs little where nothing repeats.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from loraforge.checkpoint.exact import Array
+from loraforge.errors import FormatError
+
+_HEAD = struct.Struct("<QB")  # number of corrections, bytes of one element
+_PLANE = struct.Struct("<Q")
+
+
+@dataclass
+class ResidualWriter:
+    """Collects the corrections of one tensor, block after block."""
+
+    itemsize: int
+    _gaps: list[Array] = field(default_factory=list)
+    _differences: list[Array] = field(default_factory=list)
+    _next: int = 0
+
+    def add(self, places: Array, differences: Array) -> None:
+        """Take corrections: ascending places in the tensor, all behind those that went before."""
+        if len(places):
+            self._gaps.append(np.diff(places, prepend=self._next - 1).astype(np.uint64) - np.uint64(1))
+            self._differences.append(differences)
+            self._next = int(places[-1]) + 1
+
+    def encode(self) -> bytes:
+        """Return the record."""
+        signed, unsigned = _types(self.itemsize)
+        gaps = np.concatenate(self._gaps) if self._gaps else np.empty(0, np.uint64)
+        differences = np.concatenate(self._differences) if self._differences else np.empty(0, signed)
+        sign = differences >> signed.type(8 * self.itemsize - 1)
+        zigzag = ((differences << signed.type(1)) ^ sign).view(unsigned)
+        return _HEAD.pack(len(gaps), self.itemsize) + _planes(gaps) + _planes(zigzag)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The corrections of one tensor: ascending places, and what to add to ``ord(V)`` there."""
+
+    places: Array
+    differences: Array
+
+    def within(self, begin: int, end: int) -> tuple[Array, Array]:
+        """Return those of elements begin to end, places from ``begin`` on."""
+        first, last = np.searchsorted(self.places, [begin, end])
+        return self.places[first:last] - begin, self.differences[first:last]
+
+
+def decode(data: bytes, elements: int, itemsize: int) -> Residual:
+    """Read a record for a tensor of that many elements.
+
+    Raises:
+        FormatError: it is damaged, or belongs to another tensor.
+    """
+    try:
+        count, width = _HEAD.unpack_from(data)
+        if count > elements or width != itemsize:
+            raise FormatError(f"a record of {count} corrections for a tensor of {elements} elements")
+        position = _HEAD.size
+        gaps, position = _merge_planes(data, position, count, np.dtype(np.uint64))
+        signed, unsigned = _types(itemsize)
+        zigzag, position = _merge_planes(data, position, count, unsigned)
+    except (struct.error, zlib.error) as error:
+        raise FormatError(f"an undo record that cannot be read: {error}") from error
+    places = np.cumsum(gaps + np.uint64(1)).astype(np.int64) - 1
+    if position != len(data) or (count and (int(places[-1]) >= elements or bool((np.diff(places) <= 0).any()))):
+        raise FormatError("an undo record that points outside its tensor")
+    one = unsigned.type(1)
+    differences = (zigzag >> one).view(signed) ^ -(zigzag & one).view(signed)
+    return Residual(places, differences)
+
+
+def _types(itemsize: int) -> tuple[np.dtype[np.signedinteger], np.dtype[np.unsignedinteger]]:
+    return np.dtype(f"<i{itemsize}"), np.dtype(f"<u{itemsize}")
+
+
+def _planes(numbers: Array) -> bytes:
+    columns = np.ascontiguousarray(numbers).view(np.uint8).reshape(len(numbers), numbers.dtype.itemsize)
+    coded = []
+    for plane in range(columns.shape[1]):
+        data = columns[:, plane].tobytes()
+        codec = zlib.compressobj(1, strategy=zlib.Z_RLE)
+        short = codec.compress(data) + codec.flush() if any(data) else b""
+        coded.append(_PLANE.pack(len(short)) + short)
+    return b"".join(coded)
+
+
+def _merge_planes(data: bytes, position: int, count: int, kind: np.dtype[np.generic]) -> tuple[Array, int]:
+    columns = np.zeros((count, kind.itemsize), np.uint8)
+    for plane in range(kind.itemsize):
+        (length,) = _PLANE.unpack_from(data, position)
+        position += _PLANE.size
+        if length:
+            codec = zlib.decompressobj()
+            plain = codec.decompress(data[position : position + length], count + 1)
+            if len(plain) != count or not codec.eof or codec.unused_data:
+                raise FormatError("an undo record that is cut short")
+            columns[:, plane] = np.frombuffer(plain, np.uint8)
+        position += length
+    return columns.view(kind).reshape(count), position

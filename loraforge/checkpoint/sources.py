@@ -1,0 +1,97 @@
+"""The adapters of a merge: those that a caller names, and those that a receipt does."""
+
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeAlias
+
+from loraforge.adapter import Adapter, content_id
+from loraforge.checkpoint.changes import Dora
+from loraforge.checkpoint.engine import Undo
+from loraforge.checkpoint.plan import Ingredient, plan_changes
+from loraforge.checkpoint.reader import Checkpoint
+from loraforge.checkpoint.receipt import NAME as RECEIPT
+from loraforge.checkpoint.receipt import Receipt, ReceiptFile, Used
+from loraforge.errors import CompositionError, ConflictError, NotFoundError
+from loraforge.registry import Registry, load
+from loraforge_registry.paths import AnyPath, expand
+
+Source: TypeAlias = Adapter | AnyPath
+
+
+def ingredients_of(
+    adapters: "Source | Sequence[Source | tuple[Source, float]]", registry: Registry | None
+) -> tuple[tuple[Used, ...], list[Ingredient]]:
+    """Load adapters, and say which they are."""
+    given = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else list(adapters)
+    used, ingredients = [], []
+    for number, item in enumerate(given):
+        source, weight = item if isinstance(item, tuple) else (item, 1.0)
+        if not math.isfinite(weight):
+            raise CompositionError(f"a weight is {weight}; expected a finite number")
+        adapter = source if isinstance(source, Adapter) else load(source, registry=registry)
+        label = f"adapter {number + 1}" if isinstance(source, Adapter) else os.fspath(source)
+        digest = None if adapter.origin is None else adapter.origin.digest
+        used.append(Used(label, float(weight) + 0.0, content_id(adapter), digest))
+        ingredients.append(Ingredient(adapter, float(weight), label))
+    return tuple(used), ingredients
+
+
+def find_adapters(receipt: Receipt, given: Sequence[Source], registry: Registry | None) -> list[Ingredient]:
+    """Return the adapters of a receipt: those given, else by what they compute from the store.
+
+    Raises:
+        NotFoundError: naming the first that is nowhere to be found.
+    """
+    registry = registry or Registry()
+    loaded = [source if isinstance(source, Adapter) else load(source, registry=registry) for source in given]
+    by_content = {content_id(adapter): adapter for adapter in loaded}
+    found = []
+    for used in receipt.used:
+        adapter = by_content.get(used.content_id)
+        if adapter is None:
+            digest = registry.store.find_content(used.content_id)
+            if digest is None:
+                raise NotFoundError(
+                    f"adapter {used.label} (content {used.content_id.short}) is not in the store; give its directory "
+                    "with --adapter, or push it first"
+                )
+            adapter = registry.load(str(digest))
+        found.append(Ingredient(adapter, used.weight, used.label))
+    return found
+
+
+def plan_undo(
+    checkpoint: Checkpoint, file: ReceiptFile, ingredients: Sequence[Ingredient], *, compute: str = "exact"
+) -> dict[str, Undo]:
+    """Return how each touched tensor is taken back.
+
+    Raises:
+        ConflictError: the adapters do not touch the tensors that the receipt says they did.
+    """
+    touched = {name: record for name, record in file.receipt.records.items() if record.touched}
+    changes = plan_changes(checkpoint, ingredients, compute=compute, undoing=True) if ingredients else {}
+    if {name: change.kind for name, change in changes.items()} != {n: r.kind for n, r in touched.items()}:
+        raise ConflictError(f"{file.path}: the adapters it names touch other tensors than it says they did")
+    for name, change in changes.items():
+        if isinstance(change, Dora):
+            change.load(touched[name].aux)
+    return {name: Undo(change, partial(file.residual, name)) for name, change in changes.items()}
+
+
+def receipt_of(checkpoint: Checkpoint, receipt: AnyPath | None) -> ReceiptFile:
+    """Open the receipt of a merged checkpoint.
+
+    Raises:
+        NotFoundError: there is none.
+        FormatError: it is damaged.
+    """
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    path = directory / RECEIPT if receipt is None else expand(receipt)
+    if not path.exists():
+        raise NotFoundError(
+            f"{path}: there is no receipt, so what was merged is unknown (it lies beside a merge's output, unless "
+            "--no-receipt was given)"
+        )
+    return ReceiptFile(path)

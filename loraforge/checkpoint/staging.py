@@ -1,0 +1,225 @@
+"""Where an output is made: a hidden directory beside it, which becomes the output by one rename, or never.
+
+    .<name>.<key>.loraforge/
+        <shard>.part        the shards, under names that no loader takes, until all of them are whole
+        undo.part           undo records, in the order in which tensors were done
+        progress            one line for each tensor that is done; a second run believes what its digests still prove
+
+The key says what is being made (base, adapters, weights), so a run that was killed is taken up by the same command
+and by no other; what another one left is swept away.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from blake3 import blake3
+
+from loraforge.checkpoint import output
+from loraforge.checkpoint.engine import Done
+from loraforge.checkpoint.reader import Checkpoint, TensorAt
+from loraforge.checkpoint.receipt import NAME as RECEIPT
+from loraforge.checkpoint.receipt import (
+    Receipt,
+    Record,
+    in_order,
+    pieces_of,
+    record_of,
+    record_of_done,
+    row_of,
+    write_receipt,
+)
+from loraforge.errors import ConflictError
+from loraforge_registry import canonical
+from loraforge_registry.digest import Digest
+
+_PART = ".part"
+_UNDO = "undo.part"
+_PROGRESS = "progress"
+_END = ".loraforge"
+# Weights in other formats would be those of the base, beside a merged model.
+STALE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".receipt", ".lock")
+
+
+@contextmanager
+def staging(base: Checkpoint, out: Path, key: Digest) -> Iterator["Staging"]:
+    """Open the staging directory of an output, new or left by a killed run of the same command.
+
+    On an error it is removed; on an interruption it stays, and the next run of the same command goes on from it.
+
+    Raises:
+        ConflictError: ``out`` is there, lies inside the base, or is being written by another process.
+    """
+    check_place(base, out)
+    with output.naming(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    directory = out.parent / f".{out.name[:100]}.{key.short}{_END}"
+    output.make_directory(directory)
+    with ExitStack() as stack:
+        stack.enter_context(output.locked(directory, str(out)))
+        _sweep(out, directory)
+        try:
+            yield Staging(base, out, directory, stack)
+        except Exception:
+            output.remove_directory(directory)
+            raise
+
+
+def check_place(base: Checkpoint, out: Path) -> None:
+    """Refuse an output that exists, or that lies in its own input."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise ConflictError(f"{out} exists already; name a new directory, or remove it first")
+    source = base.path.resolve()
+    inside = source if source.is_dir() else source.parent
+    if out.resolve().is_relative_to(inside):
+        raise ConflictError(f"{out} is inside the input {base.path}; name a directory elsewhere")
+
+
+class Staging:
+    """An output in the making."""
+
+    def __init__(self, base: Checkpoint, out: Path, directory: Path, stack: ExitStack) -> None:
+        self._base, self._out, self._directory = base, out, directory
+        self._fds: dict[str, int] = {}
+        for name, shard in base.shards.items():
+            self._fds[name] = self._open(stack, name + _PART, shard.stamp.size, plain=name)
+        self._undo = self._open(stack, _UNDO)
+        self._progress = self._open(stack, _PROGRESS)
+        self._records: dict[str, Record] = {}
+        self._undo_end = self._progress_end = 0
+
+    def take_up(self, wanted: Mapping[str, str]) -> set[str]:
+        """Return which tensors (name to kind of change) a killed run has done, by what their bytes prove now."""
+        end = 0
+        for frame_end, record, undo in _frames(self._progress):
+            end, name = frame_end, record.entry.name
+            self._undo_end = max(self._undo_end, record.begin + record.size)
+            if wanted.get(name) == record.kind and self._is_whole(self._base.tensors[name], record, undo):
+                self._records[name] = record
+        self._progress_end = end
+        return set(self._records)
+
+    def write(self, tensor: TensorAt, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor."""
+        output.write_at(self._fds[tensor.shard], data, tensor.begin + offset, self._directory / tensor.shard)
+
+    def copy_rest(self, touched: Iterable[str]) -> None:
+        """Copy headers, and every tensor that is not touched, in the kernel."""
+        changed = {name: self._base.tensors[name] for name in touched}
+        for name, shard in self._base.shards.items():
+            position = 0
+            mine = sorted((t.begin, t.begin + t.nbytes) for t in changed.values() if t.shard == name)
+            for begin, end in [*mine, (shard.stamp.size, shard.stamp.size)]:
+                output.copy_range(shard.fd, self._fds[name], position, begin, self._directory / name)
+                position = end
+
+    def finished(self, done: Done, kind: str) -> None:
+        """Note that a tensor is whole, with its undo record."""
+        if done.original is None or done.result is None:
+            return  # without digests nothing can be proved, and a second run begins anew
+        begin = self._undo_end
+        output.write_at(self._undo, done.residual, begin, self._directory / _UNDO)
+        self._undo_end += len(done.residual)
+        record = record_of_done(done, kind, begin)
+        self._records[done.tensor.entry.name] = record
+        frame = _frame(record, blake3(done.residual).digest())
+        output.write_at(self._progress, frame, self._progress_end, self._directory / _PROGRESS)
+        self._progress_end += len(frame)
+
+    def records(self) -> dict[str, Record]:
+        """What is done, by tensor."""
+        return dict(self._records)
+
+    def publish(self, receipt: Receipt | None) -> int:
+        """Make everything durable, and let it appear; return the receipt's size."""
+        for name, fd in self._fds.items():
+            output.sync(fd, self._directory / name)
+        self._copy_others()
+        output.remove(self._directory / RECEIPT)
+        size = 0 if receipt is None else self._write_receipt(receipt)
+        output.remove(self._directory / _UNDO)
+        output.remove(self._directory / _PROGRESS)
+        for name in self._fds:
+            output.rename(self._directory / (name + _PART), self._directory / name)
+        output.sync_directory(self._directory)
+        check_place(self._base, self._out)
+        output.rename(self._directory, self._out)
+        output.sync_directory(self._out.parent)
+        return size
+
+    def _open(self, stack: ExitStack, name: str, size: int | None = None, *, plain: str | None = None) -> int:
+        path = self._directory / name
+        if plain is not None and (self._directory / plain).exists():
+            output.rename(self._directory / plain, path)  # killed while it was about to appear
+        fd = output.open_existing(path) if path.exists() else output.open_new(path)
+        stack.callback(os.close, fd)
+        if size is not None and os.fstat(fd).st_size != size:
+            output.reserve(fd, size, path)
+        return fd
+
+    def _is_whole(self, tensor: TensorAt, record: Record, undo: bytes) -> bool:
+        """Whether a tensor's bytes here, and its undo record's, still have the digests that were noted."""
+        data = _hash(self._fds[tensor.shard], tensor.begin, tensor.nbytes)
+        return data == record.after.raw and _hash(self._undo, record.begin, record.size) == undo
+
+    def _copy_others(self) -> None:
+        for name in travelling(self._base):
+            path = self._directory / name
+            output.remove(path)
+            fd, source = output.open_new(path), os.open(self._base.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                output.copy_range(source, fd, 0, os.fstat(source).st_size, path)
+                output.sync(fd, path)
+            finally:
+                os.close(fd)
+                os.close(source)
+
+    def _write_receipt(self, receipt: Receipt) -> int:
+        """Write the receipt with its undo records in the order of the tensors' names: the same bytes in every run."""
+        ordered, payload = in_order(receipt, self._undo)
+        return write_receipt(self._directory / RECEIPT, ordered, payload)
+
+
+def travelling(base: Checkpoint) -> list[str]:
+    """Return the files that come along: configuration, tokenizer, licence, but no weights in other formats."""
+    return [name for name in base.others if not name.endswith(STALE)]
+
+
+def left_out(base: Checkpoint) -> tuple[str, ...]:
+    """Return the files that do not come along."""
+    return tuple(name for name in base.others if name.endswith(STALE) and name != RECEIPT)
+
+
+def _sweep(out: Path, keep: Path) -> None:
+    """Remove what killed runs of other commands left for the same output; not what one is writing now."""
+    for path in out.parent.glob(f".{glob.escape(out.name[:100])}.*{_END}"):
+        if path != keep and path.is_dir() and not path.is_symlink():
+            with suppress(ConflictError), output.locked(path, str(out)):
+                output.remove_directory(path)
+
+
+def _frame(record: Record, undo: bytes) -> bytes:
+    data = canonical.encode([row_of(record), undo])
+    return len(data).to_bytes(4, "little") + blake3(data).digest()[:8] + data
+
+
+def _frames(fd: int) -> Iterator[tuple[int, Record, bytes]]:
+    """Yield (where it ends, record, digest of its undo record) of each frame that is whole."""
+    position = 0
+    while len(head := os.pread(fd, 12, position)) == 12:
+        data = os.pread(fd, int.from_bytes(head[:4], "little"), position + 12)
+        if blake3(data).digest()[:8] != head[4:]:
+            return
+        position += 12 + len(data)
+        match canonical.decode(data):
+            case [list(row), bytes(undo)]:
+                yield position, record_of(row), undo
+
+
+def _hash(fd: int, begin: int, size: int) -> bytes:
+    hasher = blake3()
+    for chunk in pieces_of(fd, begin, size):
+        hasher.update(chunk)
+    return hasher.digest()
