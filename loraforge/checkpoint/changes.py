@@ -60,11 +60,15 @@ class Change(Protocol):
 
 @dataclass(frozen=True)
 class Term:
-    """``coefficient * rows_factor @ columns``: (m, r) by (r, n), in the adapter's element types."""
+    """``coefficient * rows_factor @ columns``: (m, r) by (r, n), in the adapter's element types.
+
+    ``flipped`` says that the factors are ``A^T`` and ``B^T``: float32 products of the two orders differ in bits.
+    """
 
     rows_factor: Tensor
     columns: Tensor
     coefficient: float
+    flipped: bool = False
 
 
 class LowRankSum:
@@ -126,8 +130,7 @@ class Sum:
         sums = outcome.sums.numpy().reshape(-1)[places]
         size = np.abs(w) + np.abs(w_new) + np.abs(sums)
         near = exact.Estimate(w + (w_new - sums), product.error + 4 * product.gamma * size)
-        merged = outcome.values.to(torch.float64)
-        guessed = bits_of(exact.settle(merged, product, places, near, block.dtype))
+        guessed = bits_of(exact.settle(outcome.values, product, places, near, block.dtype))
         differences = exact.ordered(old[places]) - exact.ordered(guessed)
         kept = np.flatnonzero(differences)
         return places[kept], differences[kept]
@@ -141,8 +144,9 @@ class SumInTurn(Sum):
         """Return what ``merge_adapter`` of PEFT leaves, to the bit: ``W += (B @ A) * scale`` for each adapter."""
         values = block.clone()
         for term in self.delta.terms:
-            delta = term.rows_factor[rows].float() @ term.columns.float() * term.coefficient
-            values += delta
+            left, right = term.rows_factor[rows].float(), term.columns.float()
+            delta = (right.T @ left.T).T if term.flipped else left @ right
+            values += delta * term.coefficient
         product = self.delta.rows(rows)
         return Outcome(values, torch.addmm(block.to(torch.float64), product.b, product.a))
 

@@ -127,6 +127,8 @@ class Estimate:
 def settle(p: Tensor, product: Product, places: Array, near: Estimate, dtype: torch.dtype) -> Tensor:
     """Return the elements of ``P + B A`` at flat ``places`` (k,), rounded once, from what they are known to be near.
 
+    Shapes: p (rows, n), of any float type.
+
     Cost: some twenty operations for each place; about 20 R more for one that rounds to another value at the other
         end of its estimate.
     """
@@ -137,7 +139,7 @@ def settle(p: Tensor, product: Product, places: Array, near: Estimate, dtype: to
     open_ = np.flatnonzero((bits_of(low) != bits_of(high)) | (near.values == 0))
     if len(open_):
         rows, columns = np.divmod(places[open_], p.shape[1])
-        base = p.numpy().reshape(-1)[places[open_]]
+        base = p.reshape(-1)[torch.from_numpy(places[open_])].to(torch.float64).numpy()
         settled = dot_at(base, product.b.numpy()[rows].T, product.a.numpy()[:, columns], dtype)
         bits_of(low)[open_] = bits_of(settled)
     return low

@@ -110,7 +110,9 @@ def _contributions(
     adapter = ties.written_once(base, ingredient.adapter, label)
     keys = [f"{target}.weight" for target in adapter.targets]
     keys += [f"{target}.bias" for target, pair in adapter.targets.items() if pair.bias is not None]
-    owners = {key: _owner(key) for key in adapter.extras}
+    # with bias="all" PEFT also saves the biases that a saved module had before, which nothing uses
+    extras = {key: tensor for key, tensor in adapter.extras.items() if ".original_module." not in key}
+    owners = {key: _owner(key) for key in extras}
     homes = find_homes([*dict.fromkeys([*keys, *owners.values()])], base.tensors, label)
     transposed = _transposed(base, adapter, homes, label)
     for target, pair in adapter.targets.items():
@@ -122,7 +124,7 @@ def _contributions(
             _check(bias, tuple(pair.bias.shape), f"{label}: the bias of target {target!r}")
             column = pair.bias.reshape(-1, 1)
             yield bias.entry.name, partial(_add_term, term=Term(column, torch.ones(1, 1), weight * pair.scale))
-    for key, tensor in adapter.extras.items():
+    for key, tensor in extras.items():
         home = base.tensors[homes[owners[key]]]
         if key.endswith(".base_layer.weight"):  # PEFT saves the base's own rows along
             if not undoing:
@@ -154,7 +156,7 @@ def _term(home: TensorAt, target: str, pair: LowRank, weight: float, *, transpos
     _check(home, shape, f"target {target!r}")
     coefficient = weight * pair.scale
     if transposed or pair.kind == "embedding":
-        return Term(a.T, b.T, coefficient)
+        return Term(a.T, b.T, coefficient, flipped=True)
     return Term(b, a, coefficient)
 
 
@@ -180,7 +182,7 @@ def _owner(key: str) -> str:
     """The base's parameter that an extra tensor stands for."""
     if key.endswith(SUFFIXES["tokens"]):
         return key.removesuffix(SUFFIXES["tokens"]) + ".weight"
-    return key.replace(".base_layer.", ".")
+    return key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def _check(home: TensorAt, shape: tuple[int, ...], what: str) -> None:

@@ -71,9 +71,7 @@ def check_place(base: Checkpoint, out: Path) -> None:
     """Refuse an output that exists, or that lies in its own input."""
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ConflictError(f"{out} exists already; name a new directory, or remove it first")
-    source = base.path.resolve()
-    inside = source if source.is_dir() else source.parent
-    if out.resolve().is_relative_to(inside):
+    if out.resolve().is_relative_to(base.path.resolve()):
         raise ConflictError(f"{out} is inside the input {base.path}; name a directory elsewhere")
 
 
