@@ -56,7 +56,7 @@ def merge_in_place(
     known = [ingredient.adapter for ingredient in ingredients]
     with _alone(directory):
         finished = _finish(directory, known, registry)
-        if finished is None or not _same(finished.used, used):
+        if finished is None or finished[0] != "merge" or not _same(finished[1].used, used):
             _check_clean(directory)
             with open_checkpoint(directory) as checkpoint:
                 changes = plan_changes(checkpoint, ingredients, compute=compute)
@@ -65,7 +65,7 @@ def merge_in_place(
             finished = _finish(directory, known, registry)
         assert finished is not None, "a journal was there"  # noqa: S101 - written just now, or checked above
         with open_checkpoint(directory) as checkpoint:
-            return result_of(checkpoint, finished, directory)
+            return result_of(checkpoint, finished[1], directory)
 
 
 def unmerge_in_place(
@@ -81,8 +81,10 @@ def unmerge_in_place(
     """
     directory = expand(merged)
     with _alone(directory):
-        _finish(directory, adapters, registry)
+        finished = _finish(directory, adapters, registry)
         with open_checkpoint(directory) as checkpoint:
+            if finished is not None and finished[0] == "unmerge":
+                return result_of(checkpoint, finished[1], directory)
             file = receipt_of(checkpoint, None)
             check_tensors(checkpoint, file.receipt)
             undo = plan_undo(checkpoint, file, find_adapters(file.receipt, adapters, registry))
@@ -147,8 +149,8 @@ def _prepare_merge(checkpoint: Checkpoint, jobs: Sequence[Job], used: tuple[Used
     journal.begin(checkpoint, "merge", sums)
 
 
-def _finish(directory: Path, adapters: Sequence[Source], registry: Registry | None) -> Receipt | None:
-    """Steps 2 to 4, from wherever they were; return the receipt of a merge that is done now."""
+def _finish(directory: Path, adapters: Sequence[Source], registry: Registry | None) -> tuple[str, Receipt] | None:
+    """Steps 2 to 4, from wherever they were; return what is done now (merge or unmerge), and its receipt."""
     if not is_interrupted(directory):
         return None
     under_way = journal.read_journal(directory)
@@ -156,7 +158,7 @@ def _finish(directory: Path, adapters: Sequence[Source], registry: Registry | No
     path = path if path.exists() else directory / RECEIPT
     if not path.exists():  # an unmerge of which only the journal was left to remove
         output.remove(directory / JOURNAL)
-        return None
+        return under_way.operation, Receipt((), "exact", {})
     file = ReceiptFile(path)
     merging = under_way.operation == "merge"
     with open_checkpoint(directory, aside=True) as checkpoint:
@@ -174,7 +176,7 @@ def _finish(directory: Path, adapters: Sequence[Source], registry: Registry | No
     with open_checkpoint(directory, aside=True) as checkpoint:
         _prove_all(checkpoint, file.receipt, list(new), merging=merging)
     _put_in_order(directory, merging=merging)
-    return file.receipt if merging else None
+    return under_way.operation, file.receipt
 
 
 def _write_old_pages(

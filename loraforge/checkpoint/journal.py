@@ -163,21 +163,21 @@ def written(checkpoint: Checkpoint, journal: Journal) -> dict[str, Array]:
 
 @contextmanager
 def writing_old_units(checkpoint: Checkpoint, done: Mapping[str, Array]) -> Iterator[Write]:
-    """Yield a ``Write`` that writes only units that are not written yet."""
+    """Yield a ``Write`` that writes only units that are not written yet, into shards that are aside."""
     fds = {}
     try:
         for shard in {checkpoint.tensors[name].shard for name in done}:
-            fds[shard] = output.open_existing(checkpoint.shards[shard].path)
+            fds[shard] = output.open_existing(checkpoint.path / (shard + ASIDE))
 
         def write(tensor: TensorAt, offset: int, data: memoryview) -> None:
-            path, fd = checkpoint.shards[tensor.shard].path, fds[tensor.shard]
+            path, fd = checkpoint.path / (tensor.shard + ASIDE), fds[tensor.shard]
             first = (tensor.begin + offset) // PAGE - tensor.begin // PAGE
             for begin, end in old_runs(done[tensor.entry.name], first, tensor.begin + offset, len(data)):
                 output.write_at(fd, data[begin:end], tensor.begin + offset + begin, path)
 
         yield InUnits(write)
         for shard, fd in fds.items():
-            output.sync(fd, checkpoint.shards[shard].path)
+            output.sync(fd, checkpoint.path / (shard + ASIDE))
     finally:
         for fd in fds.values():
             os.close(fd)
