@@ -257,8 +257,11 @@ def _to_odd(value: Array, rest: Array) -> Array:
     integer = np.int64 if value.dtype == np.float64 else np.int32
     bits: Array = value.view(integer)
     move = (rest != 0) & ((bits & 1) == 0) & np.isfinite(value)
-    towards = np.where(rest > 0, math.inf, -math.inf).astype(value.dtype)
-    return np.where(move, np.nextafter(value, towards), value)
+    away = np.where((rest > 0) == (value > 0), 1, -1).astype(integer)  # the next bit pattern is the next number
+    found: Array = np.where(move, bits + away, bits).view(value.dtype)
+    zero = np.flatnonzero(move & (value == 0))
+    found[zero] = np.nextafter(value[zero], np.copysign(math.inf, rest[zero]).astype(value.dtype))
+    return found
 
 
 def _with_sign_of(values: Array, p: Array) -> Array:
