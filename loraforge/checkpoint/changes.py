@@ -23,6 +23,7 @@ from loraforge.checkpoint import exact
 from loraforge.checkpoint.exact import FORMATS, Array, Product, bits_of
 from loraforge.checkpoint.workspace import Workspace
 
+_ENOUGH = 64  # rows of a float32 product
 ReadRows: TypeAlias = Callable[[slice], Tensor]
 
 
@@ -144,9 +145,11 @@ class SumInTurn(Sum):
         """Return what ``merge_adapter`` of PEFT leaves, to the bit: ``W += (B @ A) * scale`` for each adapter."""
         values = block.clone()
         for term in self.delta.terms:
-            left, right = term.rows_factor[rows].float(), term.columns.float()
+            # of few rows a BLAS makes a product by another kernel, with other bits than in the whole
+            first = max(0, min(rows.start, rows.stop - _ENOUGH))
+            left, right = term.rows_factor[first : rows.stop].float(), term.columns.float()
             delta = (right.T @ left.T).T if term.flipped else left @ right
-            values += delta * term.coefficient
+            values += delta[rows.start - first :] * term.coefficient
         product = self.delta.rows(rows)
         return Outcome(values, torch.addmm(block.to(torch.float64), product.b, product.a))
 

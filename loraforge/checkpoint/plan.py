@@ -17,7 +17,7 @@ from loraforge.errors import CompositionError
 from loraforge_registry.layout import SUFFIXES, token_rows
 
 COMPUTE = ("exact", "float32")
-_QUANTISED = (".qweight", ".weight_packed", ".weight.absmax", ".weight_scale_inv", ".weight_scale", ".qzeros")
+_BASE_ROWS = ".base_layer.weight"  # the base's own rows, which PEFT saves along with a targeted embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,8 @@ def _check_mergeable(ingredient: Ingredient, compute: str) -> None:
         if pair.magnitude is not None and compute == "float32":
             raise CompositionError(f"{label} uses DoRA, which is merged with --compute exact only")
     not_additive = "DoRA" if any(p.magnitude is not None for p in adapter.targets.values()) else ""
-    not_additive = not_additive or ("whole saved tensors" if adapter.extras else "")
+    whole = [key for key in adapter.extras if not key.endswith(_BASE_ROWS)]
+    not_additive = not_additive or ("whole saved tensors" if whole else "")
     if not_additive and ingredient.weight != 1:
         raise CompositionError(
             f"{label} has {not_additive}, which cannot be weighted by {ingredient.weight:g}; merge it with weight 1"
@@ -126,7 +127,7 @@ def _contributions(
             yield bias.entry.name, partial(_add_term, term=Term(column, torch.ones(1, 1), weight * pair.scale))
     for key, tensor in extras.items():
         home = base.tensors[homes[owners[key]]]
-        if key.endswith(".base_layer.weight"):  # PEFT saves the base's own rows along
+        if key.endswith(_BASE_ROWS):
             if not undoing:
                 _check_same(base, home, key, tensor)
             continue
@@ -170,7 +171,7 @@ def _extra(home: TensorAt, key: str, tensor: Tensor, adapter: Adapter) -> Callab
             raise CompositionError(f"{key!r} has a row for token {max(rows)}; {name!r} has {home.entry.shape[0]} rows")
         change: Change = Rows({row: place for place, row in enumerate(rows)}, tensor)
         return partial(_add_whole, change=change, kind="trained token rows")
-    if home.entry.dtype not in DTYPES or tuple(tensor.shape) != home.entry.shape:
+    if home.entry.dtype not in DTYPES or tuple(tensor.shape) != home.entry.shape or not tensor.numel():
         _check(home, tuple(tensor.shape), f"saved tensor {key!r}")
     if tensor.is_floating_point() != DTYPES[home.entry.dtype].is_floating_point:
         raise CompositionError(f"saved tensor {key!r} is {tensor.dtype}, the base's {name!r} is {home.entry.dtype}")
@@ -192,6 +193,8 @@ def _check(home: TensorAt, shape: tuple[int, ...], what: str) -> None:
             f"{name!r} is {dtype}: a quantised tensor cannot be merged into; merge into the original weights (BF16, "
             "F16, F32, F64), then quantise"
         )
+    if not home.entry.elements:
+        raise CompositionError(f"{what}: the base's {name!r} has no elements")
     if home.entry.shape != shape:
         raise CompositionError(
             f"{what} is for a tensor of shape {list(shape)}, the base's {name!r} has {list(home.entry.shape)}"

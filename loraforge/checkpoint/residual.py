@@ -77,6 +77,8 @@ def decode(data: bytes, elements: int, itemsize: int) -> Residual:
         zigzag, position = _merge_planes(data, position, count, unsigned)
     except (struct.error, zlib.error) as error:
         raise FormatError(f"an undo record that cannot be read: {error}") from error
+    if count and int(gaps.max()) >= elements:  # and no sum of them can wrap around unseen
+        raise FormatError("an undo record that points outside its tensor")
     places = np.cumsum(gaps + np.uint64(1)).astype(np.int64) - 1
     if position != len(data) or (count and (int(places[-1]) >= elements or bool((np.diff(places) <= 0).any()))):
         raise FormatError("an undo record that points outside its tensor")

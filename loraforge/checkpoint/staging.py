@@ -39,8 +39,9 @@ _PART = ".part"
 _UNDO = "undo.part"
 _PROGRESS = "progress"
 _END = ".loraforge"
+_OURS = "loraforge."  # receipts, journals: they say something of the base, and nothing of what is made from it
 # Weights in other formats would be those of the base, beside a merged model.
-STALE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".receipt", ".lock")
+STALE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".lock")
 
 
 @contextmanager
@@ -53,8 +54,6 @@ def staging(base: Checkpoint, out: Path, key: Digest) -> Iterator["Staging"]:
         ConflictError: ``out`` is there, lies inside the base, or is being written by another process.
     """
     check_place(base, out)
-    with output.naming(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
     directory = out.parent / f".{out.name[:100]}.{key.short}{_END}"
     output.make_directory(directory)
     with ExitStack() as stack:
@@ -182,12 +181,12 @@ class Staging:
 
 def travelling(base: Checkpoint) -> list[str]:
     """Return the files that come along: configuration, tokenizer, licence, but no weights in other formats."""
-    return [name for name in base.others if not name.endswith(STALE)]
+    return [name for name in base.others if not name.endswith(STALE) and not name.startswith(_OURS)]
 
 
 def left_out(base: Checkpoint) -> tuple[str, ...]:
     """Return the files that do not come along."""
-    return tuple(name for name in base.others if name.endswith(STALE) and name != RECEIPT)
+    return tuple(name for name in base.others if name.endswith(STALE) and not name.startswith(_OURS))
 
 
 def _sweep(out: Path, keep: Path) -> None:
