@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loraforge.checkpoint import journal, output
 from loraforge.checkpoint.engine import Job, run_jobs
-from loraforge.checkpoint.exact import Array
+from loraforge.checkpoint.floats import Array
 from loraforge.checkpoint.journal import JOURNAL, NEW, InUnits, Sums
 from loraforge.checkpoint.plan import Ingredient, plan_changes
 from loraforge.checkpoint.reader import Checkpoint, open_checkpoint

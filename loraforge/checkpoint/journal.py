@@ -15,7 +15,7 @@ import numpy as np
 from loraforge.checkpoint import output
 from loraforge.checkpoint.container import Container, write_container
 from loraforge.checkpoint.engine import Write
-from loraforge.checkpoint.exact import Array
+from loraforge.checkpoint.floats import Array
 from loraforge.checkpoint.pages import PAGE, page_sums, units
 from loraforge.checkpoint.reader import ASIDE, Checkpoint, TensorAt
 from loraforge.errors import ConflictError, FormatError, InputOutputError

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from loraforge.adapter import DTYPES, Adapter, LowRank
+from loraforge.adapter.mapped import discard
 from loraforge.checkpoint import ties
 from loraforge.checkpoint.changes import Change, Dora, LowRankSum, Replaced, Rows, Sum, SumInTurn, Term
-from loraforge.checkpoint.exact import FORMATS
+from loraforge.checkpoint.floats import FORMATS
 from loraforge.checkpoint.homes import find_homes
 from loraforge.checkpoint.reader import Checkpoint, TensorAt
 from loraforge.errors import CompositionError
@@ -64,7 +65,7 @@ def plan_changes(
 
 def _change(name: str, parts: _Contributions, total: type[Sum]) -> Change:
     if not parts.whole:
-        return total(LowRankSum(parts.terms))
+        return total(LowRankSum(name, parts.terms))
     first, kind = parts.whole[0]
     same = all(_same_values(first, other) for other, _ in parts.whole)
     if parts.terms or not same:
@@ -90,6 +91,8 @@ def _check_mergeable(ingredient: Ingredient, compute: str) -> None:
         )
     for name, pair in adapter.targets.items():
         pair.check_finite(name)
+        discard(pair.a)
+        discard(pair.b)
         if pair.groups != 1:
             raise CompositionError(f"{label}: target {name!r} is a grouped convolution, which is not merged here")
         if pair.magnitude is not None and compute == "float32":
@@ -119,7 +122,7 @@ def _contributions(
     for target, pair in adapter.targets.items():
         home = base.tensors[homes[f"{target}.weight"]]
         terms = _term(home, target, pair, weight, transposed=target in transposed)
-        yield home.entry.name, partial(_add_pair, pair=pair, term=terms, transposed=target in transposed)
+        yield home.entry.name, partial(_add_pair, target=target, pair=pair, term=terms, transposed=target in transposed)
         if pair.bias is not None:
             bias = base.tensors[homes[f"{target}.bias"]]
             _check(bias, tuple(pair.bias.shape), f"{label}: the bias of target {target!r}")
@@ -138,12 +141,12 @@ def _add_term(parts: _Contributions, term: Term) -> None:
     parts.terms.append(term)
 
 
-def _add_pair(parts: _Contributions, pair: LowRank, term: Term, *, transposed: bool) -> None:
+def _add_pair(parts: _Contributions, target: str, pair: LowRank, term: Term, *, transposed: bool) -> None:
     if pair.magnitude is None:
         parts.terms.append(term)
         return
     by_row = pair.kind != "embedding" and not transposed
-    parts.whole.append((Dora(LowRankSum([term]), pair.magnitude, by_row), "a DoRA magnitude"))
+    parts.whole.append((Dora(LowRankSum(target, [term]), pair.magnitude, by_row), "a DoRA magnitude"))
 
 
 def _add_whole(parts: _Contributions, change: Change, kind: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loraforge.checkpoint.exact import Array
+from loraforge.checkpoint.floats import Array
 from loraforge.errors import FormatError
 
 _HEAD = struct.Struct("<QB")  # number of corrections, bytes of one element
@@ -95,9 +95,9 @@ def _planes(numbers: Array) -> bytes:
     columns = np.ascontiguousarray(numbers).view(np.uint8).reshape(len(numbers), numbers.dtype.itemsize)
     coded = []
     for plane in range(columns.shape[1]):
-        data = columns[:, plane].tobytes()
+        data = columns[:, plane]
         codec = zlib.compressobj(1, strategy=zlib.Z_RLE)
-        short = codec.compress(data) + codec.flush() if any(data) else b""
+        short = codec.compress(data.tobytes()) + codec.flush() if data.any() else b""
         coded.append(_PLANE.pack(len(short)) + short)
     return b"".join(coded)
 

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraforge.checkpoint.exact import Product, bits_of, column_norm, dot_at, ordered, round_pair, rounded_sum
+from loraforge.checkpoint.exact import Columns, Product, column_norm, rounded_sum
+from loraforge.checkpoint.floats import bits_of, ordered, round_pair
+from loraforge.checkpoint.twofold import dot_at
 from loraforge.checkpoint.workspace import Workspace
 from tests.checkpoints import NAMES, TINY
 from tests.rationals import LAYOUTS, nearest, rounded_once
@@ -19,7 +21,7 @@ short = pytest.mark.parametrize("dtype", SHORT, ids=list(NAMES)[:3])
 
 
 def product_of(b, a):
-    return Product(b, a, column_norm(a))
+    return Product(b, Columns(a), column_norm(b.T))
 
 
 def merged(p, b, a, dtype):
