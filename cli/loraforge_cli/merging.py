@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from loraforge.checkpoint.engine import Fidelity
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.receipt import Receipt
 from loraforge.checkpoint.result import MergeResult, TensorResult
 from loraforge.registry import Registry

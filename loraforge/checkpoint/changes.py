@@ -20,22 +20,28 @@ import torch
 from torch import Tensor
 
 from loraforge.adapter.mapped import discard
-from loraforge.checkpoint.exact import Columns, Corrections, Product, column_norm, differences, rounded_sum
+from loraforge.checkpoint.exact import Columns, Corrections, Left, Product, column_norm, differences, rounded_sum
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.floats import Array, round_pair
 from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import NumericalError
 
 _ENOUGH = 64  # rows of a float32 product
+_KEPT = 1 << 20  # elements of a left factor that is converted once, not block by block
 ReadRows: TypeAlias = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """New values of a block, what the way back from them misses, and the bits of the greatest, where that is known."""
+    """New values of a block, and what the way back from them misses, where it was asked for.
+
+    ``top``, the bits of the greatest value, and ``seen``, how some elements fared, are there where they cost nothing.
+    """
 
     values: Tensor
     back: Corrections | None = None
     top: int | None = None
+    seen: Fidelity | None = None
 
 
 class Change(Protocol):
@@ -91,7 +97,7 @@ class LowRankSum:
     def __init__(self, name: str, terms: Sequence[Term]) -> None:
         self.name = name
         self.terms = tuple(terms)
-        self._factors: tuple[Columns, float] | None = None
+        self._factors: tuple[Columns, float, Left | None] | None = None
 
     def rows(self, rows: slice) -> Product:
         """Return the product's rows.
@@ -99,9 +105,8 @@ class LowRankSum:
         Raises:
             NumericalError: the factors' norms are beyond what float64 can hold.
         """
-        right, b_norm = self._factors = self._factors or self._read()
-        b = torch.cat([term.coefficient * term.rows_factor[rows].to(torch.float64) for term in self.terms], dim=1)
-        return Product(b.contiguous(), right, b_norm)
+        right, b_norm, whole = self._factors = self._factors or self._read()
+        return Product(whole[rows] if whole is not None else Left(self._left(rows)), right, b_norm)
 
     def release(self) -> None:
         """Forget the factors."""
@@ -110,13 +115,18 @@ class LowRankSum:
             discard(term.rows_factor)
             discard(term.columns)
 
-    def _read(self) -> tuple[Columns, float]:
+    def _left(self, rows: slice) -> Tensor:
+        parts = [term.rows_factor[rows].to(torch.float64).mul_(term.coefficient) for term in self.terms]
+        return torch.cat(parts, dim=1)
+
+    def _read(self) -> tuple[Columns, float, "Left | None"]:
         right = Columns(torch.cat([term.columns.to(torch.float64) for term in self.terms]))
         norms = [abs(term.coefficient) * column_norm(term.rows_factor.T) for term in self.terms]
         b_norm = math.hypot(*norms) * (1 + 1e-9)
         if not math.isfinite(right.norm * b_norm):
             raise NumericalError(f"the update of {self.name!r} is beyond what float64 can hold")
-        return right, b_norm
+        size = self.terms[0].rows_factor.shape[0] * right.a.shape[0]
+        return right, b_norm, Left(self._left(slice(None))) if size <= _KEPT else None
 
 
 @dataclass
@@ -133,7 +143,7 @@ class Sum:
     def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
         """Return ``RN(W + dW)``."""
         found = rounded_sum(block, self.delta.rows(rows), block.dtype, space, back=back)
-        return Outcome(found.values, found.back, found.top)
+        return Outcome(found.values, found.back, found.top, found.seen)
 
     def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
         """Return ``RN(W' - dW)``."""
@@ -142,7 +152,7 @@ class Sum:
     def target(self, block: Tensor, rows: slice) -> Tensor | None:
         """Return ``W + dW``."""
         product = self.delta.rows(rows)
-        return torch.addmm(block.to(torch.float64), product.b, product.right.a)
+        return torch.addmm(block.to(torch.float64), product.left.b, product.right.a)
 
     def release(self) -> None:
         """Forget the factors."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from loraforge.adapter import DTYPES
 from loraforge.checkpoint.changes import Change, Outcome
 from loraforge.checkpoint.exact import corrected
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.floats import FORMATS, bits_of, largest_bits
 from loraforge.checkpoint.reader import Checkpoint, TensorAt
 from loraforge.checkpoint.residual import Residual, ResidualWriter
@@ -28,8 +29,8 @@ from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import NumericalError
 from loraforge_registry.digest import Digest
 
-BLOCK = 1 << 20  # elements: what a thread holds, and hands to the kernel, at a time
-MEASURED = 3  # blocks of a tensor, evenly spread, in which fidelity is measured
+BLOCK = 1 << 21  # elements: what a thread holds, and hands to the kernel, at a time
+MEASURED = 8  # blocks of a tensor, evenly spread, in which fidelity is measured
 SAMPLE = 8192  # elements of such a block, in rows evenly spread
 MAX_WORKERS = 4
 _PIECE = 2 << 20  # bytes
@@ -58,37 +59,6 @@ class Job:
     def stays(self) -> bool:
         """Whether it is only looked at, or copied."""
         return self.change is None and self.undo is None
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """How much of an update survived the rounding, on the elements that were measured.
-
-    ``wanted`` is |dW|^2, ``lost`` is |(W' - W) - dW|^2; ``changed`` of ``measured`` elements have other bits.
-    """
-
-    wanted: float = 0.0
-    lost: float = 0.0
-    changed: int = 0
-    measured: int = 0
-
-    @property
-    def error(self) -> float:
-        """``|(W' - W) - dW| / |dW|``; 0 where there is no update."""
-        return math.sqrt(self.lost / self.wanted) if self.wanted else 0.0
-
-    @property
-    def share_changed(self) -> float:
-        """The share of elements whose bits changed."""
-        return self.changed / self.measured if self.measured else 0.0
-
-    def __add__(self, other: "Fidelity") -> "Fidelity":
-        return Fidelity(
-            self.wanted + other.wanted,
-            self.lost + other.lost,
-            self.changed + other.changed,
-            self.measured + other.measured,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +196,7 @@ class _Pass:
         if self.checked:
             _check_finite(self.job.tensor, block, outcome, rows)
         if measured:
-            self.fidelity += _fidelity(change, block, outcome.values, rows)
+            self.fidelity += outcome.seen or _fidelity(change, block, outcome.values, rows)
         _update(self.result, outcome.values)
         if outcome.back is not None:
             places, units = outcome.back

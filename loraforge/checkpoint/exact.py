@@ -15,6 +15,7 @@ relative to its terms, that decides, which is the same everywhere, too.
 The way back, ``RN(W' - B A)``, is the same function. ``rounded_sum`` tells in passing where it will miss.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from loraforge.checkpoint import fused
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.floats import FORMATS, Allocate, Array, bits_of, largest, largest_bits, ordered, round_once
 from loraforge.checkpoint.twofold import dot_at
 
@@ -31,6 +33,7 @@ Corrections: TypeAlias = tuple[Array, Array]
 """Ascending flat places, and what to add to the ordered bits there."""
 
 CHUNK = 131_072  # elements: their five buffers stay in a core's second cache, and Python's part is small beside them
+FUSED = 1 << 20  # elements of a chunk that is done in one pass
 _GATHERED = 1 << 20  # elements of factors that are gathered at a time
 _NOWHERE = np.empty(0, np.int64)
 _WORDS = 8  # bytes that are compared at a time
@@ -53,11 +56,27 @@ class Columns:
         return self._as[wide]
 
 
+class Left:
+    """The left factor of a product, (rows, R) in float64."""
+
+    def __init__(self, b: Tensor, single: Tensor | None = None) -> None:
+        self.b = b.contiguous()
+        self.single = self.b.to(torch.float32) if single is None else single
+
+    def __getitem__(self, rows: slice) -> "Left":
+        """Return some of the rows; nothing is computed anew."""
+        return Left(self.b[rows], self.single[rows])
+
+    def to(self, wide: torch.dtype) -> Tensor:
+        """Return it in float64 or float32."""
+        return self.b if wide == torch.float64 else self.single
+
+
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``B A`` of some rows: b (rows, R) float64. ``b_norm`` bounds the norms of b's rows."""
+    """``B A`` of some rows. ``b_norm`` bounds the norms of B's rows."""
 
-    b: Tensor
+    left: Left
     right: Columns
     b_norm: float
 
@@ -68,29 +87,30 @@ class Product:
 
     def gamma(self, unit: float, more: int) -> float:
         """The relative error of a sum of R + ``more`` terms in any order."""
-        n = self.b.shape[1] + more
+        n = self.right.a.shape[0] + more
         return n * unit / (1 - n * unit)
 
     def of(self, rows: slice) -> "Product":
         """Return the product of some of the rows."""
-        return Product(self.b[rows], self.right, self.b_norm)
+        return Product(self.left[rows], self.right, self.b_norm)
 
     def negated(self) -> "Product":
         """Return ``-B A``."""
-        return Product(-self.b, self.right, self.b_norm)
+        return Product(Left(-self.left.b, -self.left.single), self.right, self.b_norm)
 
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
     """``values`` is the result, and ``top`` the bits of the greatest magnitude in it.
 
-    ``back`` is what to add to ``rounded_sum`` of the values and the negated product to have P again, where that was
-    asked for.
+    ``seen`` tells how some of the elements fared, where that costs nothing. ``back`` is what to add to ``rounded_sum``
+    of the values and the negated product to have P again, where that was asked for.
     """
 
     values: Tensor
     top: int
     back: Corrections | None = None
+    seen: Fidelity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +123,13 @@ class Estimate:
 
 def column_norm(a: Tensor) -> float:
     """Return a bound of the norms of the columns of a (R, n)."""
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return float(torch.linalg.vector_norm(a, dim=0, dtype=wide).max()) * (1 + 1e-4) if a.numel() else 0.0
+    if not a.numel():
+        return 0.0
+    wide = a.to(torch.float64)
+    square = float((wide * wide).sum(dim=0).max())
+    if _LEAST < square < math.inf:
+        return math.sqrt(square) * (1 + 1e-9)
+    return math.sqrt(a.shape[0]) * float(wide.abs().max())  # squares beyond float64, or none at all
 
 
 def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Allocate, *, back: bool = False) -> Rounded:
@@ -118,7 +143,7 @@ def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Alloc
     values = allocate("values", dtype, (p.shape[0], p.shape[1]))
     if not p.numel():
         return Rounded(values, 0, differences(p.to(dtype), values))
-    if product.reach == 0 and p.dtype == dtype:
+    if 0 in (product.b_norm, product.right.norm) and p.dtype == dtype:
         values.copy_(p)
         return Rounded(values, largest_bits(values), differences(p, values))
     if dtype == torch.float64:
@@ -141,14 +166,22 @@ def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Alloc
 def _fused_sum(p: Tensor, product: Product, values: Tensor, allocate: Allocate, *, back: bool) -> Rounded:
     """Do the same in one pass; what that leaves unproved is settled, and the way back from there found, as ever."""
     radius = 1.05 * (product.gamma(2.0**-24, 5) * product.reach + _lost(product, torch.float32))
-    sums, factors = _product(product, torch.float32, allocate), (product.b, product.right.a)
-    found = fused.one_pass(p, sums, radius, values, factors, product.gamma(_UNIT, 2), allocate, back=back)
-    corrections = found.places, found.units
-    if len(found.unproved):
-        settled = settle(p, product, found.unproved, values.dtype)
-        bits_of(values).reshape(-1)[found.unproved] = bits_of(settled)
-        corrections = _merged(corrections, _way_back(p, values, product, found.unproved)) if back else corrections
-    return Rounded(values, found.top, corrections if back else None)
+    found = []
+    for rows in _chunks(p, FUSED):
+        part = product.of(rows)
+        sums, factors = _product(part, torch.float32, allocate), (part.left.b, part.right.a)
+        one = fused.one_pass(p[rows], sums, radius, values[rows], factors, part.gamma(_UNIT, 2), allocate, back=back)
+        found.append(one.behind(rows.start * p.shape[1]))
+    top, seen = max(one.top for one in found), sum((one.seen for one in found), Fidelity())
+    unproved = np.concatenate([one.unproved for one in found])
+    if len(unproved):
+        bits_of(values).reshape(-1)[unproved] = bits_of(settle(p, product, unproved, values.dtype))
+        top = largest_bits(values)
+    if not back:
+        return Rounded(values, top, None, seen)
+    places, units = (np.concatenate([getattr(one, part) for one in found]) for part in ("places", "units"))
+    rest = _way_back(p, values, product, unproved)
+    return Rounded(values, top, _merged((places, units), rest) if len(rest[0]) else (places, units), seen)
 
 
 def settle(p: Tensor, product: Product, places: Array, dtype: torch.dtype, near: Estimate | None = None) -> Tensor:
@@ -160,7 +193,7 @@ def settle(p: Tensor, product: Product, places: Array, dtype: torch.dtype, near:
         one that float64 does not prove.
     """
     if near is None:
-        step = max(1, _GATHERED // (product.b.shape[1] + 1))
+        step = max(1, _GATHERED // (product.right.a.shape[0] + 1))
         parts = [_settle_some(p, product, places[i : i + step], dtype) for i in range(0, len(places), step)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
     found, unproved = _prove(near, dtype)
@@ -183,8 +216,8 @@ def corrected(found: Tensor, corrections: Corrections) -> Tensor:
     return found
 
 
-def _chunks(p: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK // p.shape[1])
+def _chunks(p: Tensor, elements: int = CHUNK) -> Iterator[slice]:
+    step = max(1, elements // p.shape[1])
     return (slice(first, min(first + step, p.shape[0])) for first in range(0, p.shape[0], step))
 
 
@@ -204,12 +237,13 @@ def _interval(p: Tensor, product: Product, dtype: torch.dtype) -> tuple[torch.dt
 
 def _lost(product: Product, wide: torch.dtype) -> float:
     """What underflow may take from a sum of products."""
-    return torch.finfo(wide).tiny * (product.b.shape[1] + 8) * (1 + product.right.norm + product.b_norm)
+    return torch.finfo(wide).tiny * (product.right.a.shape[0] + 8) * (1 + product.right.norm + product.b_norm)
 
 
 def _product(product: Product, wide: torch.dtype, allocate: Allocate) -> Tensor:
     a = product.right.to(wide)
-    return torch.mm(product.b.to(wide), a, out=allocate("sums", wide, (product.b.shape[0], a.shape[1])))
+    b = product.left.to(wide)
+    return torch.mm(b, a, out=allocate("sums", wide, (b.shape[0], a.shape[1])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +334,7 @@ def _merged(first: Corrections, second: Corrections) -> Corrections:
 def _settle_some(p: Tensor, product: Product, places: Array, dtype: torch.dtype) -> Tensor:
     rows, columns = np.divmod(places, p.shape[1])
     start = p.reshape(-1)[torch.from_numpy(places)].to(torch.float64).numpy()
-    b, a = product.b.numpy()[rows].T, product.right.a.numpy()[:, columns]  # (R, k)
+    b, a = product.left.b.numpy()[rows].T, product.right.a.numpy()[:, columns]  # (R, k)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         terms = b * a
         error = 1.01 * product.gamma(_UNIT, 2) * (np.abs(start) + np.abs(terms).sum(axis=0)) + _LEAST
@@ -321,7 +355,7 @@ def _prove(near: Estimate, dtype: torch.dtype) -> tuple[Tensor, Array]:
 def _rounded_twofold(p: Tensor, product: Product, values: Tensor, *, back: bool) -> Rounded:
     """Into float64 there is nothing wider: every element in twice the precision."""
     for rows in _chunks(p):
-        b, a = product.b[rows].numpy().T[:, :, None], product.right.a.numpy()[:, None, :]
+        b, a = product.left.b[rows].numpy().T[:, :, None], product.right.a.numpy()[:, None, :]
         values[rows] = dot_at(p[rows].to(torch.float64).numpy(), b, a, torch.float64)
     if not back:
         return Rounded(values, largest_bits(values))

@@ -5,12 +5,13 @@ third of the time; and since Python is not asked in between, threads run side by
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.floats import Allocate, Array, bits_of
 
 try:
@@ -23,6 +24,7 @@ else:
     AVAILABLE = True
     U16, U32, I16, I32, F32, F64 = np.uint16, np.uint32, np.int16, np.int32, np.float32, np.float64
     TILE = 4096  # elements, whose buffers stay in a core's first cache
+    SEEN = 64  # elements of a tile are measured
     UNIT = F32(2.1 * 2.0**-24)  # of the sum's own size: for the last addition, and for that of the bound
 
     _compiled = njit(nogil=True, cache=True, error_model="numpy")
@@ -108,11 +110,22 @@ else:
         return total, gamma * size + 2.0**-1060
 
     @_compiled
-    def _rounds_to(w, delta, error):
-        """Whether ``w + delta`` is sure to round to w, since delta is less than half of w's distance to the next."""
-        below = (w & U16(0x7FFF)) - U16(1)
-        binade = below & U16(0x7F80)
-        return U16(0) < binade < U16(0x7F80) and abs(delta) + error < F64(_value(binade)) * 2.0**-8
+    def _nearer(w, delta, error):
+        """Say what ``w + delta`` rounds to, as far as that is plain: 0 for w, 1 for the next number up, -1 for down.
+
+        2 is for what is not plain: near a tie, beyond the next number, or about zero. The gap to the next number is an
+        ulp of w away from zero, and of the number below w towards it.
+        """
+        size, value = w & U16(0x7FFF), _value(w)
+        binade = (size if (delta > 0) == (value > 0) else size - U16(1)) & U16(0x7F80)
+        if not U16(0x0080) <= binade < U16(0x7F80):
+            return 2
+        gap, far = F64(_value(binade)) * 2.0**-7, abs(delta)
+        if far + error < gap / 2:
+            return 0
+        if far - error > gap / 2 and far + error < gap:
+            return 1 if delta > 0 else -1
+        return 2
 
     @_compiled
     def _flagged(flags, words, marks):
@@ -139,7 +152,17 @@ else:
         return low, high
 
     @_compiled
-    def _pass(p, sums, radius, values, b, a, gamma, back, flags, marks, places, units, unproved):  # noqa: PLR0913, PLR0917
+    def _measure(p, sums, values, seen):
+        """Add |dW|^2, |(W' - W) - dW|^2, how many bits changed and of how many."""
+        for j in range(p.size):
+            lost = F64(_value(values[j])) - F64(_value(p[j])) - F64(sums[j])
+            seen[0] += F64(sums[j]) * F64(sums[j])
+            seen[1] += lost * lost
+            seen[2] += p[j] != values[j]
+        seen[3] += p.size
+
+    @_compiled
+    def _pass(p, sums, radius, values, b, a, gamma, back, flags, marks, places, units, unproved, seen):  # noqa: C901, PLR0913, PLR0917
         """Round, and decide what is flagged; return the greatest, how many corrections there are, how many unproved."""
         found, left, top = 0, 0, U16(0)
         for start in range(0, p.size, TILE):
@@ -148,12 +171,14 @@ else:
             _round_ends(p[tile], sums[tile], radius, values[tile], flags)
             if back:
                 _flag_crossings(p[tile], values[tile], flags)
-            top = max(top, _top(values[tile]))
             first, end = _flagged(flags, flags[:size].view(np.uint64), marks)
             for i in range(first, end):
                 j = start + marks[i]
                 y, radius_there, high, low = _interval(p[j], sums[j], radius)
                 w, x, error = F64(_value(p[j])), F64(y), 2 * F64(radius_there)
+                if not math.isfinite(w):
+                    values[j] = p[j]
+                    continue
                 if high != low:
                     x, error = _sum_at(w, 1.0, b, a, gamma, j)
                     low, values[j] = _nearest_once(x - error), _nearest_once(x + error)
@@ -161,17 +186,26 @@ else:
                         unproved[left] = j
                         left += 1
                         continue
-                w_new = F64(_value(values[j]))
-                if not back or _rounds_to(p[j], w_new - x, 2 * error):
+                if not back:
                     continue
-                low, high = _guess(w, w_new, x, error, b, a, gamma, j)
-                if low != high:
-                    unproved[left] = j
-                    left += 1
-                elif low != p[j]:
+                w_new = F64(_value(values[j]))
+                step = _nearer(p[j], w_new - x, error + 2.0**-50 * (abs(w_new) + abs(x)))
+                if step == 2:
+                    low, high = _guess(w, w_new, x, error, b, a, gamma, j)
+                    if low != high:
+                        unproved[left] = j
+                        left += 1
+                        continue
+                    step = _ordered(low) - _ordered(p[j])
+                if step != 0:
                     places[found] = j
-                    units[found] = _ordered(p[j]) - _ordered(low)
+                    units[found] = -step
                     found += 1
+            top = max(top, _top(values[tile]))
+            # a part of every tile, another each time, so that all rows and columns are seen
+            first = start + start // TILE * 29 % (size // SEEN + 1) * SEEN
+            some = slice(first, min(first + SEEN, start + size))
+            _measure(p[some], sums[some], values[some], seen)
         return top, found, left
 
 
@@ -183,6 +217,11 @@ class Passed:
     places: Array
     units: Array
     unproved: Array
+    seen: Fidelity
+
+    def behind(self, first: int) -> "Passed":
+        """Return the same for a block in which this chunk begins at flat place ``first``."""
+        return replace(self, places=self.places + first, unproved=self.unproved + first)
 
 
 def one_pass(  # noqa: PLR0913 - a kernel's arrays
@@ -204,11 +243,15 @@ def one_pass(  # noqa: PLR0913 - a kernel's arrays
     old, new = (bits_of(tensor).reshape(-1).view(np.uint16) for tensor in (p, values))
     places, units, unproved = (bits_of(allocate(n, torch.int32, tuple(p.shape))).reshape(-1) for n in ("at", "by", "?"))
     flags, marks = np.empty(TILE, np.uint16), np.empty(2 * TILE + 8, np.int32)
-    b, a = (factor.numpy() for factor in factors)
+    b, a, seen = factors[0].numpy(), factors[1].numpy(), np.zeros(4)
     top, found, left = _pass(
         old, sums.numpy().reshape(-1), np.float32(radius), new, b, a, gamma, back,
-        flags, marks, places, units, unproved,
+        flags, marks, places, units, unproved, seen,
     )  # fmt: skip
     return Passed(
-        int(top), places[:found].astype(np.int64), units[:found].astype(np.int16), unproved[:left].astype(np.int64)
+        int(top),
+        places[:found].astype(np.int64),
+        units[:found].astype(np.int16),
+        unproved[:left].astype(np.int64),
+        Fidelity(float(seen[0]), float(seen[1]), int(seen[2]), int(seen[3])),
     )

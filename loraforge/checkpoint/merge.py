@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from loraforge.checkpoint import inplace
 from loraforge.checkpoint.changes import Change
-from loraforge.checkpoint.engine import Fidelity, Job, run_jobs
+from loraforge.checkpoint.engine import Job, run_jobs
 from loraforge.checkpoint.plan import plan_changes
 from loraforge.checkpoint.reader import Checkpoint, open_checkpoint
 from loraforge.checkpoint.receipt import Receipt, Record, Used
@@ -20,6 +20,9 @@ from loraforge.registry import Registry
 from loraforge_registry import canonical
 from loraforge_registry.digest import Digest
 from loraforge_registry.paths import AnyPath, expand
+
+if TYPE_CHECKING:
+    from loraforge.checkpoint.fidelity import Fidelity
 
 Progress: TypeAlias = Callable[[int], object]
 """Called with the number of bytes that have just been done."""

@@ -60,12 +60,15 @@ def write_at(fd: int, data: memoryview | bytes, position: int, path: Path) -> No
             position, rest = position + count, rest[count:]
 
 
-def clone(source: int, target: int) -> bool:
+def clone(source: int, target: int, path: Path) -> bool:
     """Make ``target`` share all blocks of ``source``; False where the file system cannot."""
-    try:
-        fcntl.ioctl(target, _CLONE, source)
-    except OSError:
-        return False
+    with naming(path):
+        try:
+            fcntl.ioctl(target, _CLONE, source)
+        except OSError as error:
+            if error.errno in _CANNOT_COPY:
+                return False
+            raise
     return True
 
 

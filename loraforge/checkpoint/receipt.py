@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraforge.checkpoint.container import Container, write_container
-from loraforge.checkpoint.engine import Done, Fidelity
+from loraforge.checkpoint.engine import Done
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.residual import Residual, decode
 from loraforge.errors import FormatError, ManifestError
 from loraforge_registry import canonical

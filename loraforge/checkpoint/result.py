@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraforge.checkpoint.engine import Done, Fidelity, Job, run_jobs
+from loraforge.checkpoint.engine import Done, Job, run_jobs
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.reader import Checkpoint
 from loraforge.checkpoint.receipt import NAME as RECEIPT
 from loraforge.checkpoint.receipt import Receipt, Record

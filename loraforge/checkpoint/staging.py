@@ -157,7 +157,7 @@ class Staging:
             output.rename(self._directory / name, self._directory / (name + _PART))  # killed as it was about to appear
         fd = self._open(stack, name + _PART)
         if os.fstat(fd).st_size != shard.stamp.size:
-            if output.clone(shard.fd, fd):
+            if output.clone(shard.fd, fd, self._directory / name):
                 self._cloned.add(name)
             else:
                 output.reserve(fd, shard.stamp.size, self._directory / name)

@@ -8,7 +8,7 @@ from blake3 import blake3
 
 import loraforge as lf
 from loraforge.checkpoint.container import Container, write_container
-from loraforge.checkpoint.engine import Fidelity
+from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.reader import open_checkpoint
 from loraforge.checkpoint.receipt import Receipt, ReceiptFile, Record, Used, checkpoint_digest, write_receipt
 from loraforge.checkpoint.residual import ResidualWriter
