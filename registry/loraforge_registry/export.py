@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loraforge_registry import objects
 from loraforge_registry.errors import ConflictError, InputOutputError, StoreError
-from loraforge_registry.files import Buffer, Files, named_error
+from loraforge_registry.files import Buffer, Files, named_error, read_chunks
 from loraforge_registry.manifest import File, Manifest
 
 
@@ -81,13 +81,10 @@ def _write_file(path: Path, chunks: Iterable[Buffer]) -> None:
 
 def _verified(files: Files, file: File) -> Iterable[Buffer]:
     sha256 = hashlib.sha256()
-    fd = objects.open_object(files, objects.BLOBS, file.digest, file.size)
-    try:
-        for chunk in objects.read_chunks(fd):
+    with objects.opened(files, objects.BLOBS, file.digest, file.size) as fd:
+        for chunk in read_chunks(fd):
             sha256.update(chunk)
             yield chunk
-    finally:
-        os.close(fd)
     if sha256.hexdigest() != file.digest.hex:
         raise StoreError(f"{files.root}: the bytes stored as {file.digest} ({file.path}) are damaged")
 

@@ -10,6 +10,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.files import Files
 from loraforge_registry.names import RefName
+from loraforge_registry.sessions import Session
 
 _LINE = 72  # "sha256:", 64 digits, a newline
 
@@ -32,7 +33,7 @@ def read_ref(files: Files, ref: RefName) -> Digest | None:
     Raises:
         StoreError: the ref file is damaged; others are not affected.
     """
-    data = files.read("refs", _file_name(ref), _LINE + 1)
+    data = files.read("refs", file_name(ref), _LINE + 1)
     if data is None:
         return None
     try:
@@ -42,7 +43,7 @@ def read_ref(files: Files, ref: RefName) -> Digest | None:
         if digest.algorithm != "sha256":
             raise ReferenceSyntaxError(f"{digest.algorithm} does not name an artifact")
     except (ReferenceSyntaxError, UnicodeDecodeError) as error:
-        raise StoreError(f"the ref {ref} is damaged ({files.root / 'refs' / _file_name(ref)}): {error}") from error
+        raise StoreError(f"the ref {ref} is damaged ({files.root / 'refs' / file_name(ref)}): {error}") from error
     return digest
 
 
@@ -62,24 +63,39 @@ def list_refs(files: Files) -> Iterator[tuple[RefName, Digest | StoreError]]:
             yield ref, digest
 
 
-def move_ref(files: Files, ref: RefName, *, expected: Digest | None, new: Digest | None, who: str, what: str) -> None:
+def move_ref(
+    files: Files,
+    session: Session,
+    ref: RefName,
+    *,
+    expected: Digest | None,
+    new: Digest | None,
+    who: str = "",
+    what: str = "tag",
+) -> None:
     """Point ``ref`` at ``new`` (None removes it) if it points at ``expected`` now; durable when this returns.
 
     Raises:
         ConflictError: it points elsewhere; somebody else moved it.
         NotFoundError: there is nothing to remove.
+        StoreError: it exists, and locks keep nobody out here, so that another's move could be lost.
     """
-    with files.lock("refs"):
+    with files.lock("refs") as alone:
         old = read_ref(files, ref)
         if old != expected:
             raise ConflictError(f"{ref} is {_spell(old)}, expected {_spell(expected)}: it was moved meanwhile")
         if old is None and new is None:
             raise NotFoundError(f"there is no {ref}")
+        if old is not None and not alone:
+            raise StoreError(
+                f"{files.root}: flock keeps nobody out on this file system, so moving {ref} could lose another's move; "
+                "use a new tag, or keep the store elsewhere"
+            )
         files.append("reflog", ref.name, _record(Move(int(time.time()), old, new, ref.tag, who, what)))
         if new is None:
-            files.remove("refs", _file_name(ref))
+            files.remove("refs", file_name(ref))
         else:
-            _replace(files, ref, new)
+            _publish(files, session, ref, new, replace=old is not None)
         files.sync("refs")
 
 
@@ -89,17 +105,21 @@ def read_reflog(files: Files, name: str) -> list[Move]:
     return [move for line in data.split(b"\n") if (move := _parse_record(line)) is not None]
 
 
-def _replace(files: Files, ref: RefName, new: Digest) -> None:
-    temporary = files.new_temporary()
+def _publish(files: Files, session: Session, ref: RefName, new: Digest, *, replace: bool) -> None:
+    temporary = files.new_temporary(session.name)
     try:
         files.write(temporary, f"{new}\n".encode())
         files.seal(temporary, 0o644)
-        files.rename(temporary, "refs", _file_name(ref))
+        if replace:
+            files.rename(temporary, "refs", file_name(ref))
+        elif not files.link(temporary, "refs", file_name(ref)):  # the lock kept nobody out, the link does
+            raise ConflictError(f"{ref} was made by somebody else meanwhile")
     finally:
         files.discard(temporary)
 
 
-def _file_name(ref: RefName) -> str:
+def file_name(ref: RefName) -> str:
+    """What a ref's file is called."""
     return f"{ref.name}@{ref.tag}"
 
 

@@ -3,12 +3,13 @@
 import getpass
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraforge_registry import canonical, index, names, objects, refs
+from loraforge_registry import index, names, objects, refs
 from loraforge_registry.canonical import Value
+from loraforge_registry.collect import Collection, Manifests, collect, has, named
 from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError, ReferenceSyntaxError, StoreError
@@ -24,12 +25,11 @@ from loraforge_registry.manifest import (
     Derivation,
     File,
     Manifest,
-    decode_manifest,
 )
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.refs import Move
-from loraforge_registry.sessions import open_session
+from loraforge_registry.sessions import Session, open_session, reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,24 @@ class Store:
     def __init__(self, path: AnyPath | None = None) -> None:
         self.path = default_store() if path is None else expand(path)
         self._files: Files | None = Files(self.path) if check_format(self.path) else None
+        self._session: Session | None = None
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Keep all that is put, tagged or read in the block from collection until its end; blocks may nest."""
+        if self._session is not None:
+            yield self._session
+            return
+        with open_session(self._writable()) as session:
+            self._session = session
+            try:
+                yield session
+            finally:
+                self._session = None
+
+    def reading(self, digest: Digest) -> AbstractContextManager[None]:
+        """Keep an artifact from collection while it is read; a store that cannot be written is read without."""
+        return reading(self._readable(), digest)
 
     def put(
         self,
@@ -81,11 +99,12 @@ class Store:
             ConflictError: the tag means another artifact; the adapter is stored, and reachable by its digest.
         """
         files = self._writable()
-        with open_session(files) as session:
+        with self.session() as session:
+            session.pin(*(derivation.artifacts() if derivation else ()))
             artifact = ingest(files, session, incoming, derivation=derivation, report=report)
             if name is not None:
                 what = "push" if derivation is None else derivation.operation
-                self.tag(artifact.digest, name, force=force, what=what)
+                self._move(session, artifact.digest, name, force=force, what=what)
         index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
         return artifact
 
@@ -97,22 +116,31 @@ class Store:
             NotFoundError: the artifact is not there.
         """
         files = self._writable()
-        with open_session(files) as session:
+        with self.session() as session:
             session.pin(digest)
-            self.manifest(digest)
-            moves_freely = force or name.tag == names.DEFAULT_TAG
-            while True:
-                old = refs.read_ref(files, name)
-                if old == digest:
-                    return None
-                if old is not None and not moves_freely:
-                    raise ConflictError(
-                        f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
-                    )
-                try:
-                    return refs.move_ref(files, name, expected=old, new=digest, who=_who(), what=what)
-                except ConflictError:
-                    continue  # somebody was faster: look again
+            manifest = self.manifest(digest)
+            for file in manifest.files:
+                with objects.opened(files, objects.BLOBS, file.digest, file.size):
+                    objects.make_durable(files, objects.BLOBS, file.digest)
+            objects.make_durable(files, objects.MANIFESTS, digest)
+            self._move(session, digest, name, force=force, what=what)
+
+    def _move(self, session: Session, digest: Digest, name: RefName, *, force: bool, what: str) -> None:
+        """Point a ref at what is complete, durable and pinned."""
+        files = self._writable()
+        moves_freely = force or name.tag == names.DEFAULT_TAG
+        while True:
+            old = refs.read_ref(files, name)
+            if old == digest:
+                return None
+            if old is not None and not moves_freely:
+                raise ConflictError(
+                    f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
+                )
+            try:
+                return refs.move_ref(files, session, name, expected=old, new=digest, who=_who(), what=what)
+            except ConflictError:
+                continue  # somebody was faster: look again
 
     def remove(self, name: RefName) -> Digest:
         """Remove a ref and return what it pointed at; the bytes stay until they are collected.
@@ -124,8 +152,19 @@ class Store:
         old = None if files is None else refs.read_ref(files, name)
         if files is None or old is None:
             raise NotFoundError(f"there is no {name} in {self.path}{self._nearby(name)}")
-        refs.move_ref(files, name, expected=old, new=None, who=_who(), what="rm")
+        with self.session() as session:
+            refs.move_ref(files, session, name, expected=old, new=None, who=_who(), what="rm")
         return old
+
+    def gc(self, *, dry_run: bool, now: bool = False) -> Collection:
+        """Collect what no name, lineage or running process needs (see ``collect.collect``).
+
+        Raises:
+            StoreError: a ref or manifest is damaged, or locks do not work here; nothing was touched.
+        """
+        if self._files is None:
+            return Collection((), (), 0, 0)
+        return collect(self._files, dry_run=dry_run, now=now)
 
     def resolve(self, text: str) -> Digest:
         """Return the artifact that ``name[:tag]``, ``name@sha256:<hex>`` or ``sha256:<prefix>`` means.
@@ -156,7 +195,7 @@ class Store:
             NotFoundError: it is not in the store.
             StoreError, ManifestError: it is damaged.
         """
-        return decode_manifest(objects.read_all(self._readable(), objects.MANIFESTS, digest, canonical.MAX_BYTES))
+        return Manifests(self._readable()).read(digest)
 
     def layout(self, manifest: Manifest) -> Layout:
         """Which tensor is what, in an artifact of this store."""
@@ -171,15 +210,13 @@ class Store:
     def open_weights(self, manifest: Manifest) -> Iterator[int]:
         """Open the weights of an artifact; their length is checked, their bytes are not."""
         file = manifest.file(WEIGHTS_FILE)
-        fd = objects.open_object(self._readable(), objects.BLOBS, file.digest, file.size)
-        try:
+        with objects.opened(self._readable(), objects.BLOBS, file.digest, file.size) as fd:
             yield fd
-        finally:
-            os.close(fd)
 
     def export(self, digest: Digest, target: Path) -> None:
         """Write an artifact out as a PEFT directory, every byte checked (see ``export.export``)."""
-        export(self._readable(), self.manifest(digest), target)
+        with self.reading(digest):
+            export(self._readable(), self.manifest(digest), target)
 
     def ls(self, name: str | None = None) -> list[Named]:
         """Return every ref with a line about its artifact, sorted; ``name`` keeps one name's tags.
@@ -217,38 +254,22 @@ class Store:
         """
         if self._files is None:
             return Usage(0, 0, 0, 0)
-        reachable = self._reachable()
+        reachable = Manifests(self._files).reachable(named(self._files))
         sizes = {
-            (area, digest): objects.size_of(self._files, area, digest)
+            (area, digest): self._files.size(objects.shard(area, digest), digest.hex) or 0
             for area in (objects.BLOBS, objects.MANIFESTS)
             for digest in objects.list_digests(self._files, area)
         }
         needed = {(objects.MANIFESTS, digest) for digest in reachable}
         needed |= {(objects.BLOBS, file.digest) for m in reachable.values() for file in m.files}
-        physical = sum(sizes.values())
+        trash = sum(self._files.size("trash", name) or 0 for name in self._files.names("trash"))
+        physical = sum(sizes.values()) + trash
         return Usage(
             artifacts=sum(area == objects.MANIFESTS for area, _ in sizes),
             logical=sum(manifest.size for manifest in reachable.values()),
             physical=physical,
             reclaimable=physical - sum(sizes.get(key, 0) for key in needed),
         )
-
-    def _reachable(self) -> dict[Digest, Manifest]:
-        files = self._readable()
-        todo: list[Digest] = []
-        for _, found in refs.list_refs(files):
-            if isinstance(found, StoreError):
-                raise found
-            todo.append(found)
-        reachable: dict[Digest, Manifest] = {}
-        while todo:
-            digest = todo.pop()
-            if digest in reachable:
-                continue
-            manifest = reachable[digest] = self.manifest(digest)
-            lineage = manifest.derivation.artifacts() if manifest.derivation else ()
-            todo += [parent for parent in lineage if self.has(parent)]
-        return reachable
 
     def find_content(self, content_id: Digest) -> Digest | None:
         """Return an artifact that computes this, named or not, or None.
@@ -266,7 +287,7 @@ class Store:
 
     def has(self, digest: Digest) -> bool:
         """Whether the store holds an artifact."""
-        return self._files is not None and self._files.exists(f"{objects.MANIFESTS}/{digest.hex[:2]}", digest.hex)
+        return self._files is not None and has(self._files, digest)
 
     def _line(
         self,
