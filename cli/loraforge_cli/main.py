@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "rm": ("rm", "Take a name away."),
     "du": ("du", "How much the store holds, and how much of it is needed."),
     "gc": ("gc", "Take away what no name or lineage needs."),
+    "fsck": ("fsck", "Is the store whole? Say what is not, and repair it."),
     "compose": ("compose", "Combine adapters into one, exactly."),
     "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
     "merge": ("merge", "Write adapters into a base checkpoint."),

@@ -184,6 +184,22 @@ class Files:
         with _naming(self.root / directory / name), suppress(FileNotFoundError):
             os.rename(name, new_name, src_dir_fd=self._directory(directory), dst_dir_fd=self._directory(target))
 
+    def keep_copy(self, directory: str, name: str, target: str, new_name: str) -> None:
+        """Give a file a second name in another directory; what is no regular file is moved there."""
+        source, there = self._directory(directory), self._directory(target)
+        with _naming(self.root / directory / name), suppress(FileNotFoundError):
+            if stat.S_ISREG(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode):
+                os.link(name, new_name, src_dir_fd=source, dst_dir_fd=there, follow_symlinks=False)
+            else:
+                os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=there)
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory that a store has, durably, where it is missing."""
+        parent, _, name = path.rpartition("/")
+        with _naming(self.root / path), suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=self._directory(parent))
+        self.sync(parent)
+
     def remove(self, directory: str, name: str) -> None:
         """Remove a name; one that is not there is passed over."""
         with _naming(self.root / directory / name), suppress(FileNotFoundError):

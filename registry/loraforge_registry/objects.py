@@ -22,6 +22,7 @@ def put(
     area: str,
     chunks: Iterable[Buffer],
     *,
+    expected: Digest | None = None,
     observe: Callable[[Buffer], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> tuple[Digest, int]:
@@ -33,11 +34,14 @@ def put(
     Cost: one read of ``chunks``, one write; SHA-256, ``observe`` and the write run side by side.
 
     Raises:
+        StoreError: the bytes are not those of ``expected``; nothing is published.
         InputOutputError: the bytes could not be written; nothing is left but what is in ``tmp/`` after a crash.
     """
     temporary = files.new_temporary(session.name)
     try:
         digest, size = _write_hashed(files, temporary, chunks, observe)
+        if expected is not None and digest != expected:
+            raise StoreError(f"expected {expected}, the bytes that came are {digest}")
         if check is not None:
             check()
         session.pin(digest)

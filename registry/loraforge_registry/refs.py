@@ -101,8 +101,29 @@ def move_ref(
 
 def read_reflog(files: Files, name: str) -> list[Move]:
     """Return the moves of a name's tags, oldest first; damaged lines are passed over."""
-    data = files.read("reflog", name, 64 * 1024 * 1024) or b""
-    return [move for line in data.split(b"\n") if (move := _parse_record(line)) is not None]
+    return [move for line in _lines(files, name) if (move := _parse_record(line)) is not None]
+
+
+def damaged_records(files: Files, name: str) -> int:
+    """Count the lines of a reflog that are no records: a crash tore them, or the disk changed them."""
+    return sum(line != b"" and _parse_record(line) is None for line in _lines(files, name))
+
+
+def restore_ref(files: Files, session: Session, ref: RefName, digest: Digest) -> None:
+    """Write a ref that is damaged again, under the lock; its history has the move already."""
+    with files.lock("refs") as alone:
+        if not alone:
+            raise StoreError(f"{files.root}: flock keeps nobody out on this file system; {ref} was left as it is")
+        try:
+            read_ref(files, ref)
+        except StoreError:
+            files.keep_copy("refs", file_name(ref), "quarantine", f"{file_name(ref)}.{session.name}")
+            _publish(files, session, ref, digest, replace=True)
+            files.sync("refs")
+
+
+def _lines(files: Files, name: str) -> list[bytes]:
+    return (files.read("reflog", name, 64 * 1024 * 1024) or b"").split(b"\n")
 
 
 def _publish(files: Files, session: Session, ref: RefName, new: Digest, *, replace: bool) -> None:

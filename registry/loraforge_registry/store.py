@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loraforge_registry import index, names, objects, refs
 from loraforge_registry.canonical import Value
+from loraforge_registry.check import Report, check
 from loraforge_registry.collect import Collection, Manifests, collect, has, named
 from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
@@ -29,6 +30,7 @@ from loraforge_registry.manifest import (
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.refs import Move
+from loraforge_registry.repair import repair
 from loraforge_registry.sessions import Session, open_session, reading
 
 
@@ -165,6 +167,25 @@ class Store:
         if self._files is None:
             return Collection((), (), 0, 0)
         return collect(self._files, dry_run=dry_run, now=now)
+
+    def fsck(self, *, deep: bool = False) -> Report:
+        """Check the store; nothing is written (see ``check.check``)."""
+        return check(self._readable(), deep=deep)
+
+    def repair(self, report: Report, source: AnyPath | None = None) -> list[str]:
+        """Put right what a check found, with the help of another store; return the places that were.
+
+        Raises:
+            NotFoundError: there is no store at ``source``.
+            StoreError: locks do not work here.
+        """
+        files = self._readable()
+        if source is None:
+            return repair(files, report.problems)
+        path = expand(source)
+        if not check_format(path):
+            raise NotFoundError(f"there is no store at {path}")
+        return repair(files, report.problems, Files(path))
 
     def resolve(self, text: str) -> Digest:
         """Return the artifact that ``name[:tag]``, ``name@sha256:<hex>`` or ``sha256:<prefix>`` means.

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,7 +45,8 @@ def snapshot(root: Path) -> Snapshot:
                     todo.append(entry.path)
                 elif entry.name != "index.sqlite":
                     mode = entry.stat(follow_symlinks=False).st_mode
-                    found[entry.path[len(str(root)) + 1 :]] = (Path(entry.path).read_bytes(), mode)
+                    data = Path(entry.path).read_bytes() if stat.S_ISREG(mode) else b"special"
+                    found[entry.path[len(str(root)) + 1 :]] = (data, mode)
     return found
 
 
