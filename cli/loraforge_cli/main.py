@@ -25,6 +25,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "tag": ("tag", "Give an adapter another name."),
     "rm": ("rm", "Take a name away."),
     "du": ("du", "How much the store holds, and how much of it is needed."),
+    "export": ("export", "Write adapters and their lineage as one file."),
+    "import": ("import_", "Store what export wrote."),
     "gc": ("gc", "Take away what no name or lineage needs."),
     "fsck": ("fsck", "Is the store whole? Say what is not, and repair it."),
     "compose": ("compose", "Combine adapters into one, exactly."),

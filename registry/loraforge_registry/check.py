@@ -1,8 +1,10 @@
 """Is a store what it should be? Every problem by name; nothing is written (SPEC.md section 10)."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from loraforge_registry import config as adapter_config
 from loraforge_registry import objects, refs
@@ -29,9 +31,9 @@ _ROOT = {directory.partition("/")[0] for directory in DIRECTORIES} | {"FORMAT", 
 class Problem:
     """Something that is not as it should be, and where.
 
-    ``kind`` is the stable word for scripts: ``missing_directory``, ``unreadable``, ``missing_object``,
-    ``damaged_object``, ``untrue_manifest``, ``damaged_ref``, ``foreign_ref`` are damage; ``stray``, ``damaged_record``
-    and ``leftover`` harm nothing. An object that is missing or damaged is named by ``area`` and ``digest``.
+    ``kind`` is the stable word for scripts. Damage: ``missing_directory``, ``unreadable``, ``missing_object``,
+    ``damaged_object``, ``untrue_manifest``, ``damaged_ref``, ``foreign_ref``. No loss: ``stray``, ``damaged_record``,
+    ``missing_record``, ``leftover``. An object is named by ``area`` and ``digest``, too.
     """
 
     kind: str
@@ -44,7 +46,7 @@ class Problem:
     @property
     def is_damage(self) -> bool:
         """Whether something that was stored cannot be had."""
-        return self.kind not in ("stray", "damaged_record", "leftover")
+        return self.kind not in ("stray", "damaged_record", "missing_record", "leftover")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ def _directories(files: Files) -> Iterator[Problem]:
         try:
             files.names(path)
         except InputOutputError as error:
+            if path == "quarantine" and error.errno == errno.ENOENT:
+                continue  # made when it is needed
             yield Problem("missing_directory", path, f"the directory cannot be opened: {error.strerror}")
     for name in sorted(set(files.names("")) - _ROOT):
         if not name.startswith("index.sqlite-"):
@@ -179,23 +183,27 @@ def _refs(files: Files, *, skip_history: bool) -> Iterator[Problem]:
             continue
         if not has(files, digest):
             yield replace(_object("missing_object", objects.MANIFESTS, digest, f"{ref} means this artifact"), ref=ref)
-        ends = () if skip_history else _ends(files, ref)
+        ends = set() if skip_history else _ends(files, ref)
         if ends and digest not in ends:
             said = f"{ref} is {digest}, which its history does not end with: point it where it belongs (tag --force)"
             yield Problem("foreign_ref", place, said, ref=ref)
         elif not ends:
-            yield Problem("damaged_record", f"reflog/{ref.name}", f"the history of {ref} is gone", ref=ref)
+            yield Problem("missing_record", f"reflog/{ref.name}", f"the history of {ref} is gone", ref=ref)
     for name in sorted(set(files.names("refs")) - known):
         yield Problem("stray", f"refs/{name}", "its name is no name:tag")
 
 
-def _ends(files: Files, ref: RefName) -> tuple[Digest | None, ...]:
-    """What a ref may be by its history: where its last move led, or where it began if a crash cut it short."""
+def _ends(files: Files, ref: RefName) -> set[Digest | None]:
+    """What a ref may be by its history: where its last move led, or began.
+
+    Moves that began at the same place stand behind each other where all but one were cut short, or where locks lie.
+    """
     try:
         moves = [move for move in refs.read_reflog(files, ref.name) if move.tag == ref.tag]
     except LoraforgeError:
-        return ()
-    return (moves[-1].new, moves[-1].old) if moves else ()
+        return set()
+    last = takewhile(lambda move: move.old == moves[-1].old, reversed(moves))
+    return {digest for move in last for digest in (move.old, move.new)}
 
 
 def _leftovers(files: Files, gone: set[str]) -> Iterator[Problem]:
@@ -213,7 +221,7 @@ def _leftovers(files: Files, gone: set[str]) -> Iterator[Problem]:
         if files.pins_of_the_living(name) is None:
             yield Problem("leftover", f"sessions/{name}", "its process is gone; the next gc removes it")
     for directory in {"trash", "quarantine"} - gone:
-        for name in files.names(directory):
+        for name in files.names(directory) if files.exists("", directory) else []:
             yield Problem("leftover", f"{directory}/{name}", "taken out of use")
 
 

@@ -147,8 +147,10 @@ def _needed(files: Files, manifests: Manifests, pins: Iterable[Digest]) -> set[t
         raise StoreError(
             f"a name means what is not there, so nothing is collected (loraforge fsck): {error}"
         ) from error
-    needed = {(objects.MANIFESTS, digest) for digest in reachable} | {(objects.BLOBS, digest) for digest in pins}
-    return needed | {(objects.BLOBS, file.digest) for manifest in reachable.values() for file in manifest.files}
+    needed = {(objects.MANIFESTS, digest) for digest in reachable}
+    needed |= {(objects.BLOBS, file.digest) for manifest in reachable.values() for file in manifest.files}
+    # also what is not there yet: it may be by the time that we list
+    return needed | {(area, digest) for digest in pins for area in AREAS}
 
 
 def _garbage(files: Files, needed: set[tuple[str, Digest]]) -> Iterator[Garbage]:

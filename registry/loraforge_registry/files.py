@@ -12,7 +12,7 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ FORMAT = b"loraforge-store 1\n"
 AREAS = ("blobs/sha256", "manifests/sha256")
 DIRECTORIES = ("blobs", "manifests", *AREAS, "refs", "reflog", "sessions", "tmp", "trash", "quarantine", "locks")
 SHARDS = tuple(f"{shard:02x}" for shard in range(256))
-LOCKS = ("gc", "refs")
+LOCKS = ("gc", "refs", "turn")
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # NONBLOCK: a FIFO must not hang the open
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -137,10 +137,8 @@ class Files:
 
     def write(self, temporary: Temporary, data: Buffer) -> None:
         """Append all of ``data``: a short write goes on, an error does not."""
-        rest = memoryview(data).cast("B")
         with _naming(self.root / "tmp" / temporary.name):
-            while rest:
-                rest = rest[os.write(temporary.fd, rest) :]
+            _write_all(temporary.fd, data)
 
     def flush(self, temporary: Temporary) -> None:
         """Give the disk a head start; ``seal`` is what makes the file durable."""
@@ -242,7 +240,8 @@ class Files:
             raise
         try:
             with _naming(self.root / "locks" / name):
-                held = _flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+                how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                held = self._flock_in_turn(fd, how) if name == "gc" else _flock(fd, how)
             yield held and (shared or self._keeps_out(name))
         finally:
             os.close(fd)
@@ -250,6 +249,15 @@ class Files:
     def _open_lock(self, name: str) -> int:
         with _naming(self.root / "locks" / name):
             return os.open(name, _LOCK | os.O_CREAT, 0o600, dir_fd=self._directory("locks"))
+
+    def _flock_in_turn(self, fd: int, how: int) -> bool:
+        """Take a lock behind a turnstile: who waits to be alone waits for those inside, not for those who come."""
+        turn = self._open_lock("turn")
+        try:
+            _flock(turn, fcntl.LOCK_EX)
+            return _flock(fd, how)
+        finally:
+            os.close(turn)
 
     def _keeps_out(self, name: str) -> bool:
         second = self._open_lock(name)
@@ -326,6 +334,26 @@ def read_chunks(fd: int) -> Iterator[memoryview]:
         position += count
 
 
+def write_new(path: Path, chunks: Iterable[Buffer]) -> None:
+    """Write a user's file, which must not exist, and make it durable."""
+    with _naming(path):
+        fd = os.open(path, _NEW, 0o666)
+    try:
+        for chunk in chunks:
+            with _naming(path):
+                _write_all(fd, chunk)
+        with _naming(path):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a user's file, where it is there."""
+    with _naming(path), suppress(FileNotFoundError):
+        os.unlink(path)  # noqa: PTH108 - what tests count
+
+
 def make_store(root: Path) -> None:
     """Turn an empty or absent directory into a store; finish one that a crash left unmarked.
 
@@ -386,7 +414,7 @@ def _write_format(root: Path) -> None:
             _flock(lock, fcntl.LOCK_SH)  # where another process has just made this store, it may collect already
             fd = os.open(temporary, _NEW, 0o600)
             try:
-                os.write(fd, FORMAT)
+                _write_all(fd, FORMAT)
                 os.fchmod(fd, 0o444)
                 os.fsync(fd)
                 temporary.replace(root / "FORMAT")
@@ -395,6 +423,12 @@ def _write_format(root: Path) -> None:
         finally:
             os.close(lock)
     _sync_path(root)
+
+
+def _write_all(fd: int, data: Buffer) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(fd, rest) :]
 
 
 def _flock(fd: int, how: int) -> bool:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError, StoreError
-from loraforge_registry.files import SHARDS, Buffer, Files, Temporary
+from loraforge_registry.files import SHARDS, Buffer, Files, Temporary, read_chunks
 from loraforge_registry.sessions import Session
 
 BLOBS = "blobs/sha256"
@@ -82,6 +82,22 @@ def opened(files: Files, area: str, digest: Digest, size: int) -> Iterator[int]:
         if found != size:
             raise StoreError(f"{files.root}: {digest} has {found} bytes, expected {size}: it is damaged")
         yield fd
+
+
+def verified(files: Files, area: str, digest: Digest, size: int) -> Iterator[Buffer]:
+    """Yield an object's bytes; what is damaged raises at its end.
+
+    Raises:
+        NotFoundError: it is not there.
+        StoreError: its bytes are not the ones its name promises.
+    """
+    sha256 = hashlib.sha256()
+    with opened(files, area, digest, size) as fd:
+        for chunk in read_chunks(fd):
+            sha256.update(chunk)
+            yield chunk
+    if sha256.hexdigest() != digest.hex:
+        raise StoreError(f"{files.root}: the bytes stored as {digest} are damaged")
 
 
 def list_digests(files: Files, area: str, prefix: str = "") -> Iterator[Digest]:

@@ -10,7 +10,7 @@ from loraforge_registry.canonical import MAX_BYTES
 from loraforge_registry.check import Problem
 from loraforge_registry.collect import has
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import LoraforgeError, NotFoundError, StoreError
+from loraforge_registry.errors import NotFoundError, StoreError
 from loraforge_registry.files import Buffer, Files
 from loraforge_registry.manifest import decode_manifest
 from loraforge_registry.names import RefName
@@ -29,6 +29,8 @@ def repair(files: Files, problems: Iterable[Problem], source: Files | None = Non
     with files.lock("refs") as alone:
         if not alone:
             raise StoreError(f"{files.root}: flock keeps nobody out on this file system; nothing was repaired")
+    if problems and not files.exists("", "quarantine"):
+        files.make_directory("quarantine")
     with open_session(files) as session:
         found = _Repair(files, session, source)
         return [problem.place for problem in problems if found.put_right(problem)]
@@ -105,9 +107,6 @@ class _Repair:
                 continue
             self._session.pin(digest)
             if has(self._files, digest) or self._object(objects.MANIFESTS, digest):
-                try:
-                    refs.restore_ref(self._files, self._session, ref, digest)
-                except LoraforgeError:
-                    return False
+                refs.restore_ref(self._files, self._session, ref, digest)
                 return True
         return False

@@ -2,12 +2,13 @@
 
 import getpass
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraforge_registry import index, names, objects, refs
+from loraforge_registry import bundle, index, names, objects, refs
 from loraforge_registry.canonical import Value
 from loraforge_registry.check import Report, check
 from loraforge_registry.collect import Collection, Manifests, collect, has, named
@@ -17,7 +18,7 @@ from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundErr
 from loraforge_registry.export import export
 from loraforge_registry.files import Files, check_format, make_store
 from loraforge_registry.index import Summary
-from loraforge_registry.ingest import Incoming, ingest
+from loraforge_registry.ingest import Incoming, ingest, open_source
 from loraforge_registry.layout import Layout, read_layout
 from loraforge_registry.manifest import (
     CONFIG_FILE,
@@ -64,20 +65,21 @@ class Store:
     def __init__(self, path: AnyPath | None = None) -> None:
         self.path = default_store() if path is None else expand(path)
         self._files: Files | None = Files(self.path) if check_format(self.path) else None
-        self._session: Session | None = None
+        self._own = threading.local()  # a session belongs to one thread
 
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Keep all that is put, tagged or read in the block from collection until its end; blocks may nest."""
-        if self._session is not None:
-            yield self._session
+        outer: Session | None = getattr(self._own, "session", None)
+        if outer is not None:
+            yield outer
             return
         with open_session(self._writable()) as session:
-            self._session = session
+            self._own.session = session
             try:
                 yield session
             finally:
-                self._session = None
+                self._own.session = None
 
     def reading(self, digest: Digest) -> AbstractContextManager[None]:
         """Keep an artifact from collection while it is read; a store that cannot be written is read without."""
@@ -107,7 +109,7 @@ class Store:
             if name is not None:
                 what = "push" if derivation is None else derivation.operation
                 self._move(session, artifact.digest, name, force=force, what=what)
-        index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
+            index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
         return artifact
 
     def tag(self, digest: Digest, name: RefName, *, force: bool = False, what: str = "tag") -> None:
@@ -238,6 +240,44 @@ class Store:
         """Write an artifact out as a PEFT directory, every byte checked (see ``export.export``)."""
         with self.reading(digest):
             export(self._readable(), self.manifest(digest), target)
+
+    def export_bundle(self, roots: Sequence[Digest], names: Mapping[RefName, Digest], target: AnyPath) -> int:
+        """Write artifacts with their lineage, and names for them, into one file (see ``bundle``); return its size.
+
+        Raises:
+            ConflictError: ``target`` exists with other contents.
+            StoreError: something stored is damaged; nothing is left at ``target``.
+        """
+        files, path = self._readable(), expand(target)
+        if path.resolve().is_relative_to(files.root.resolve()):
+            raise ConflictError(f"{path} is inside the store {files.root}; name a file elsewhere")
+        with ExitStack() as stack:
+            for root in roots:
+                stack.enter_context(self.reading(root))
+            return bundle.write_bundle(files, roots, names, path)
+
+    def import_bundle(
+        self, source: AnyPath, *, name: RefName | None = None, force: bool = False
+    ) -> tuple[tuple[Digest, ...], Mapping[RefName, Digest]]:
+        """Store the artifacts of a bundle, and give them its names; return its roots and the names.
+
+        With ``name`` its only root gets that one instead.
+
+        Raises:
+            FormatError: it is damaged, or holds what a push would refuse; nothing is stored.
+            ConflictError: a tag means another artifact; everything is stored, and the tags before it are made.
+        """
+        path = expand(source)
+        with open_source(path) as fd:
+            found = bundle.read_bundle(path, fd)
+            if name is not None and len(found.roots) != 1:
+                raise ConflictError(f"{path} holds {len(found.roots)} artifacts, which cannot all be {name}")
+            wanted = dict(found.names) if name is None else {name: found.roots[0]}
+            with self.session() as session:
+                bundle.store_bundle(self._writable(), session, found)
+                for ref, digest in wanted.items():
+                    self._move(session, digest, ref, force=force, what="import")
+        return found.roots, wanted
 
     def ls(self, name: str | None = None) -> list[Named]:
         """Return every ref with a line about its artifact, sorted; ``name`` keeps one name's tags.

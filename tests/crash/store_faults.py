@@ -20,7 +20,10 @@ CALLS = (
     "open", "ftruncate", "posix_fallocate",
 )  # fmt: skip
 Hook = Callable[[int, str, tuple[object, ...]], None]
-FAULTS = ("kill", "term", "ENOSPC once", "ENOSPC", "EIO once", "EIO", "short write once", "short write")
+FAULTS = (
+    "kill", "term", "ENOSPC once", "ENOSPC", "EIO once", "EIO", "EDQUOT once", "EROFS",
+    "short write once", "short write",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Fork:
         for fd in (self._said, self._tell, self._result):
             os.close(fd)
         code = os.waitstatus_to_exitcode(status)
-        if code == -signal.SIGKILL:
+        if code in (-signal.SIGKILL, -signal.SIGTERM):
             return Ended(None, reached=True)
         if code != 0 or not said:
             raise AssertionError(f"the fork broke: {code}")

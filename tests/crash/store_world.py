@@ -4,7 +4,9 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +66,34 @@ def restore(root: Path, wanted: Snapshot) -> None:
             path.chmod(mode & 0o777)
 
 
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A directory in memory, where there is such a place: forks by the thousand need no disk."""
+    memory = Path("/dev/shm")  # noqa: S108 - as it says
+    root = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root)
+
+
+@contextmanager
+def quick_disk() -> Iterator[None]:
+    """Make nothing durable for a while: what a test prepares is not what it asks about."""
+    real = os.fsync
+    os.fsync = lambda _fd: None
+    try:
+        yield
+    finally:
+        os.fsync = real
+
+
+def remove_outputs(root: Path) -> None:
+    """Remove what commands wrote outside the store, half or whole."""
+    for path in root.glob("*out*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @dataclass
 class World:
     """Three adapters, a store with names that moved and went, and another store that has everything."""
@@ -73,6 +103,10 @@ class World:
     digests: list[Digest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        with quick_disk():
+            self._build()
+
+    def _build(self) -> None:
         self.adapters = [
             write_adapter(self.root / "adapters" / str(number), weights=tensors(0.5 + number)) for number in range(6)
         ]
@@ -98,8 +132,7 @@ class World:
     def reset(self) -> None:
         """Begin anew: the store and the outputs as they were."""
         restore(self.store, self.start)
-        shutil.rmtree(self.root / "out", ignore_errors=True)
-        (self.root / "bundle.lf").unlink(missing_ok=True)
+        remove_outputs(self.root)
 
 
 def derived(parents: list[Artifact]) -> Derivation:
@@ -153,7 +186,8 @@ def closure(root: Path) -> list[str]:
                 store.manifest(parent)
         except (LoraforgeError, AssertionError) as error:
             found.append(f"I3: {line.ref}: {error}")
-    return found
+    report = store.fsck()
+    return found + [f"I3: {p.kind} {p.place}: {p.said}" for p in report.problems if p.is_damage]
 
 
 def reflogs(root: Path) -> list[str]:
@@ -161,15 +195,15 @@ def reflogs(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "reflog").iterdir()) if (root / "reflog").is_dir() else []
 
 
-def broken_chain(root: Path, name: str) -> list[str]:
-    """I10: each move of a tag begins where the one before ended, or where it began if that one was cut short."""
+def broken_chain(root: Path, name: str, *, killed: bool = True) -> list[str]:
+    """I10: each move of a tag begins where the one before ended, or began, if that one was ``killed`` half-way."""
     files = Files(root)
     ends: dict[str, set[Digest | None]] = {}
     found = []
     for move in refs.read_reflog(files, name):
         if move.old not in ends.get(move.tag, {None}):
             found.append(f"I10: {name}:{move.tag} went from {move.old}, which it was not")
-        ends[move.tag] = {move.old, move.new}
+        ends[move.tag] = {move.old, move.new} if killed else {move.new}
     for tag, last in ends.items():
         try:
             now = refs.read_ref(files, RefName(name, tag))

@@ -12,14 +12,13 @@ from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.manifest import encode_manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
-from tests.crash.store_world import World, closure, put, restore, snapshot
-
-HARMLESS = {"stray", "damaged_record", "leftover"}
+from tests.crash.store_world import World, closure, in_memory, put, restore, snapshot
 
 
 @pytest.fixture
-def world(tmp_path):
-    return World(tmp_path)
+def world():
+    with in_memory() as root:
+        yield World(root)
 
 
 def manifest_of(world, number) -> Path:
@@ -130,13 +129,22 @@ def test_a_whole_store_is_whole_and_leftovers_are_no_damage(world, run):
     assert run("--store", world.store, "fsck").out == "5 artifacts, 6 files, 3 names: whole\n"
 
 
-@pytest.mark.parametrize("directory", ["tmp", "locks", "sessions", "trash", "quarantine", "blobs/sha256/00", "reflog"])
+@pytest.mark.parametrize("directory", ["tmp", "locks", "sessions", "trash", "blobs/sha256/00", "reflog"])
 def test_a_lost_directory_is_made_again(world, run, directory):
     shutil.rmtree(world.store / directory)
     assert run("--store", world.store, "fsck").code == 1
     assert run("--store", world.store, "fsck", "--repair").code == 0
     assert run("--store", world.store, "push", world.adapters[5], "new:v1").code == 0
     assert closure(world.store) == []
+
+
+def test_a_quarantine_is_made_when_it_is_needed(world, run):
+    (world.store / "quarantine").rmdir()
+    assert run("--store", world.store, "fsck").code == 0
+    overwrite(blob_of(world, 0), b"")
+    repair = ("fsck", "--deep", "--repair", "--from", f"file://{world.root}/backup")
+    assert run("--store", world.store, *repair).code == 0
+    assert len(list((world.store / "quarantine").iterdir())) == 1
 
 
 def test_a_store_that_lost_its_marker_is_refused_not_begun_again(world, run):

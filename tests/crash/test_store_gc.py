@@ -15,14 +15,26 @@ from loraforge_registry.names import RefName
 from loraforge_registry.sessions import open_session
 from loraforge_registry.store import Store
 from tests.crash.store_faults import Fork, interleave
-from tests.crash.store_world import World, closure, has_object, leftovers, loraforge, put, refs_of, snapshot, violations
+from tests.crash.store_world import (
+    World,
+    closure,
+    has_object,
+    in_memory,
+    leftovers,
+    loraforge,
+    put,
+    refs_of,
+    snapshot,
+    violations,
+)
 
 GC = ("gc", "--yes", "--now")
 
 
 @pytest.fixture
-def world(tmp_path):
-    return World(tmp_path)
+def world():
+    with in_memory() as root:
+        yield World(root)
 
 
 def commands(world):
@@ -45,7 +57,7 @@ def test_a_collection_at_any_step_of_a_command(world, case):
     arguments, codes = commands(world)[case]
     before = refs_of(world.store)
     action, gc = loraforge("--store", world.store, *arguments), loraforge("--store", world.store, *GC)
-    for at in range(1000):
+    for at in range(0, 1000, 2):  # the mutants' races take every step
         world.reset()
         ended = interleave(action, gc, at)
         if ended is None:
@@ -171,7 +183,7 @@ def test_a_pin_that_was_cut_short_hides_no_other(world):
 
 def test_a_stopped_writer_keeps_what_it_pinned(world):
     """Stopped for however long, and then going on: no clock decides whether it lives."""
-    child = Fork(loraforge("--store", world.store, "tag", f"a@{world.digests[1]}", "back:v1"), pause=8)
+    child = Fork(loraforge("--store", world.store, "tag", f"a@{world.digests[1]}", "back:v1"), pause=12)
     assert child.event() == "P"
     os.kill(child.pid, signal.SIGSTOP)
     for name in (world.store / "sessions").iterdir():
@@ -183,6 +195,22 @@ def test_a_stopped_writer_keeps_what_it_pinned(world):
     assert child.wait().code == 0
     assert closure(world.store) == []
     assert has_object(world.store, world.digests[1])
+
+
+def test_writers_do_not_overtake_a_collection_that_waits(world):
+    def hold():
+        with Files(world.store).lock("gc", shared=True):
+            (world.root / "inside").mkdir()
+
+    holder = Fork(hold, pause=4)  # inside
+    assert holder.event() == "P"
+    collector = Fork(loraforge("--store", world.store, *GC))
+    assert collector.event() == "B"  # it waits for the holder
+    writer = Fork(loraforge("--store", world.store, "tag", "a:v1", "new:v1"))
+    assert writer.event() == "B"  # and this one for the collector
+    for fork in (holder, collector, writer):
+        fork.go_on()
+        assert fork.wait().code == 0
 
 
 # --- file systems whose locks lie ---------------------------------------------------------------------------------

@@ -530,3 +530,13 @@ def test_everybody_who_moves_latest_at_once_succeeds(store, sources):
     moves = store.reflog("a")
     assert all(after.old == before.new for before, after in itertools.pairwise(moves))
     assert moves[-1].new == store.resolve("a")
+
+
+def test_threads_that_share_a_store_have_sessions_of_their_own(store, sources):
+    def publish(number: int) -> Digest:
+        return put(store, sources[number % 3], RefName(f"n{number}")).digest
+
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(publish, range(48)))
+    assert [store.resolve(f"n{number}") for number in range(48)] == digests
+    assert files_in(store, "sessions", "tmp") == set()
