@@ -184,13 +184,20 @@ def _refs(files: Files, *, skip_history: bool) -> Iterator[Problem]:
         if not has(files, digest):
             yield replace(_object("missing_object", objects.MANIFESTS, digest, f"{ref} means this artifact"), ref=ref)
         ends = set() if skip_history else _ends(files, ref)
-        if ends and digest not in ends:
+        if ends and digest not in ends and _is_foreign(files, ref):
             said = f"{ref} is {digest}, which its history does not end with: point it where it belongs (tag --force)"
             yield Problem("foreign_ref", place, said, ref=ref)
         elif not ends:
             yield Problem("missing_record", f"reflog/{ref.name}", f"the history of {ref} is gone", ref=ref)
     for name in sorted(set(files.names("refs")) - known):
         yield Problem("stray", f"refs/{name}", "its name is no name:tag")
+
+
+def _is_foreign(files: Files, ref: RefName) -> bool:
+    """Look again while nobody moves it: between two reads it may have moved twice."""
+    with files.lock("refs", shared=True):
+        digest = refs.read_ref(files, ref)
+        return digest is not None and digest not in _ends(files, ref)
 
 
 def _ends(files: Files, ref: RefName) -> set[Digest | None]:

@@ -45,8 +45,11 @@ def put(
         if check is not None:
             check()
         session.pin(digest)
-        files.seal(temporary)
-        _publish(files, temporary, area, digest, size)
+        if is_whole(files, area, digest, size):
+            make_durable(files, area, digest)
+        else:
+            files.seal(temporary)
+            _publish(files, temporary, area, digest, size)
     finally:
         files.discard(temporary)
     return digest, size
@@ -110,12 +113,13 @@ def list_digests(files: Files, area: str, prefix: str = "") -> Iterator[Digest]:
 
 def is_whole(files: Files, area: str, digest: Digest, size: int | None = None) -> bool:
     """Whether an object is there with the bytes its name promises, and the length, where that is known."""
+    found = files.size(shard(area, digest), digest.hex)
+    if found is None or size not in (None, found):
+        return False
     sha256 = hashlib.sha256()
-    found = 0
     for chunk in files.chunks(shard(area, digest), digest.hex):
         sha256.update(chunk)
-        found += len(chunk)
-    return sha256.hexdigest() == digest.hex and size in (None, found)
+    return sha256.hexdigest() == digest.hex
 
 
 def make_durable(files: Files, area: str, digest: Digest) -> None:

@@ -242,3 +242,14 @@ def test_a_push_heals_what_is_damaged(world, run):
     assert run("--store", world.store, "push", world.adapters[0], "again:v1").code == 0
     assert run("--store", world.store, "fsck", "--deep").code == 0
     put(Store(world.store), world.adapters[0])
+
+
+def test_an_empty_file_that_is_missing_is_missing(world, run):
+    (world.adapters[5] / "README.md").write_bytes(b"")
+    for place in (world.store, world.root / "backup"):
+        put(Store(place), world.adapters[5], RefName("empty"))
+    empty = Digest.of(b"")
+    (world.store / "blobs/sha256" / empty.hex[:2] / empty.hex).unlink()
+    assert run("--store", world.store, "fsck").code == 1
+    assert run("--store", world.store, "fsck", "--repair", "--from", f"file://{world.root}/backup").code == 0
+    assert run("--store", world.store, "pull", "empty", "--to", world.root / "out").code == 0
