@@ -35,7 +35,7 @@ KEY = "base_model.model.layers.{}.q_proj.lora_{}.weight"
 def main() -> int:
     """Print the table; return 1 if a publish needs more than 12 fsyncs."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        root = Path(folder)
+        root = Path(folder).resolve()  # git runs elsewhere
         sources = [write_adapter(root / f"source{number}", number) for number in range(ROUNDS + 2)]
         store = Store(root / "store")
         publish(store, sources[-1], "first")
