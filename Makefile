@@ -1,6 +1,7 @@
 # make demo    see it work, offline, in about a minute
 # make test    everything CI runs: ruff, mypy, import-linter, pytest
 # make bench   every benchmark, each against a peer in the same run
+# make torture the store's crash, power-cut and race harnesses at full length (20 minutes); SEED=7 for others
 # make matrix  load what we write with PEFT 0.14 to 0.21
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,8 @@ BIN := $(VENV)/bin
 SET_UP := $(VENV)/.set-up
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench matrix clean
+.PHONY: demo test bench torture matrix clean
+SEED ?= 1
 
 demo: $(SET_UP)
 	@$(BIN)/loraforge demo
@@ -22,6 +24,9 @@ test: $(SET_UP)
 
 bench: $(SET_UP)
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+torture: $(SET_UP)
+	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.crash.store_torture --seed $(SEED)
 
 matrix: $(SET_UP)
 	$(BIN)/python tests/conformance/matrix.py

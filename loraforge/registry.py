@@ -8,11 +8,11 @@ from loraforge.formats import peft
 from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, StoreError
+from loraforge_registry.files import read_chunks
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.ingest import TensorHasher, open_adapter
 from loraforge_registry.manifest import CONFIG_FILE, Artifact, Manifest
 from loraforge_registry.names import RefName
-from loraforge_registry.objects import read_chunks
 from loraforge_registry.paths import AnyPath, expand, is_path
 from loraforge_registry.store import Named, Store
 
@@ -68,6 +68,10 @@ class Registry:
             StoreError: what is stored is damaged.
         """
         digest = self.store.resolve(reference)
+        with self.store.reading(digest):
+            return self._load(digest, verify=verify)
+
+    def _load(self, digest: Digest, *, verify: bool) -> Adapter:
         manifest = self.store.manifest(digest)
         config = self.store.read_file(manifest.file(CONFIG_FILE), MAX_BYTES)
         with self.store.open_weights(manifest) as fd:

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -23,6 +25,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "tag": ("tag", "Give an adapter another name."),
     "rm": ("rm", "Take a name away."),
     "du": ("du", "How much the store holds, and how much of it is needed."),
+    "export": ("export", "Write adapters and their lineage as one file."),
+    "import": ("import_", "Store what export wrote."),
+    "gc": ("gc", "Take away what no name or lineage needs."),
+    "fsck": ("fsck", "Is the store whole? Say what is not, and repair it."),
     "compose": ("compose", "Combine adapters into one, exactly."),
     "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
     "merge": ("merge", "Write adapters into a base checkpoint."),
@@ -94,6 +100,7 @@ def cli(ctx: click.Context, store: str | None, *, as_json: bool, quiet: bool) ->
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    _heed_signals()
     code: object = 0
     try:
         code = cli.main(standalone_mode=False)
@@ -118,6 +125,20 @@ def main() -> NoReturn:
     except ModuleNotFoundError as error:
         _fail("missing_extra", f"{error.name} is not installed", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _heed_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # what somebody ignores stays ignored (nohup); outside the main thread the program around us decides
+        if signal.getsignal(number) is signal.SIG_DFL:
+            with suppress(ValueError):
+                signal.signal(number, _stop)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    """Leave as at Ctrl-C: what was begun is taken back on the way out. A second signal does not wait for that."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
 
 
 def _fail(kind: str, message: str, code: int) -> NoReturn:

@@ -13,16 +13,22 @@ from loraforge.checkpoint.result import MergeResult, TensorResult
 from loraforge.registry import Registry
 from loraforge_cli.options import Session
 from loraforge_cli.output import by_layer, emit, note, size, table
+from loraforge_registry.names import RefName
 from loraforge_registry.paths import is_path
 
 _MUCH = 0.1  # of an update lost in rounding: worth a word
 
 
 def keep_sources(registry: Registry, sources: Sequence[str]) -> None:
-    """Store adapters given as directories: a receipt that names what nobody can find again undoes nothing."""
+    """Store adapters given as directories: a receipt that names what nobody can find again undoes nothing.
+
+    Each gets a name, ``merged:<digits>``, so that a collection leaves it alone until somebody takes the name away.
+    """
     for source in sources:
         if is_path(source):
-            registry.push(source)
+            with registry.store.session():
+                digest = registry.push(source)
+                registry.store.tag(digest, RefName("merged", digest.short), what="merge")
 
 
 @contextmanager

@@ -26,18 +26,21 @@ def store_result(
 ) -> Described:
     """Store a derived adapter, and the directories it was made from: a lineage that points at nothing is none."""
     registry = Registry(session.store_path)
+    with registry.store.session():  # no collection between the sources, which have no name, and what needs them
+        derivation = adapter.derivation and adapter.derivation.located(_store_sources(registry, sources))
+        record = None if report is None else report.as_record()
+        found = registry.store.put(peft.encode(adapter), derivation=derivation, report=record, name=ref, force=force)
+        return describe(registry.store, found.digest, ref)
+
+
+def _store_sources(registry: Registry, sources: list[str]) -> dict[Digest, Artifact]:
     stored: dict[Digest, Artifact] = {}
     for source in sources:
         if is_path(source):
             digest = registry.push(source)
             found = Artifact(digest, registry.store.manifest(digest).content_id)
             stored[found.content_id] = found
-    derivation = adapter.derivation and adapter.derivation.located(stored)
-    record = None if report is None else report.as_record()
-    digest = registry.store.put(
-        peft.encode(adapter), derivation=derivation, report=record, name=ref, force=force
-    ).digest
-    return describe(registry.store, digest, ref)
+    return stored
 
 
 def print_result(session: Session, described: Described, report: RerankReport | None) -> None:

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from loraforge_registry import objects
-from loraforge_registry.errors import ConflictError, InputOutputError, StoreError
-from loraforge_registry.files import Buffer, Files, named_error
+from loraforge_registry.errors import ConflictError, InputOutputError
+from loraforge_registry.files import Buffer, Files, named_error, remove_path, write_new
 from loraforge_registry.manifest import File, Manifest
 
 
@@ -27,7 +27,7 @@ def export(files: Files, manifest: Manifest, target: Path) -> None:
         return
 
     def chunks_of(file: File) -> Callable[[], Iterable[Buffer]]:
-        return lambda: _verified(files, file)
+        return lambda: objects.verified(files, objects.BLOBS, file.digest, file.size)
 
     write_directory(target, {file.path: chunks_of(file) for file in manifest.files})
 
@@ -51,7 +51,7 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
         raise named_error(error, target.parent) from error
     try:
         for name, chunks in contents.items():
-            _write_file(staging / name, chunks())
+            write_new(staging / name, chunks())
         _sync(staging)
         staging.replace(target)  # over an empty directory, or nothing
         _sync(target.parent)
@@ -63,33 +63,44 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
         _discard(staging)
 
 
+def write_file(target: Path, contents: Callable[[], Iterable[Buffer]]) -> int:
+    """Write a new file, which appears complete or not at all, and return its size; the same again is no conflict.
+
+    Raises:
+        ConflictError: ``target`` exists with other contents.
+        InputOutputError: it cannot be written; nothing is left.
+    """
+    staging = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
+    try:
+        write_new(staging, contents())
+        try:
+            os.link(staging, target)  # never over what is there
+        except FileExistsError:
+            if not _is_same(staging, target):
+                raise ConflictError(f"{target} exists already; name a new file, or remove it first") from None
+        _sync(target.parent)
+        return staging.stat().st_size
+    except OSError as error:
+        if isinstance(error, InputOutputError):
+            raise
+        raise named_error(error, target) from error
+    finally:
+        remove_path(staging)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if other.is_symlink() or not other.is_file() or one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as first, other.open("rb") as second:
+        return hashlib.file_digest(first, "sha256").digest() == hashlib.file_digest(second, "sha256").digest()
+
+
 def _discard(staging: Path) -> None:
     """Remove what an error left; after success nothing has this name."""
     with suppress(FileNotFoundError):
         for file in staging.iterdir():
             file.unlink()
         staging.rmdir()
-
-
-def _write_file(path: Path, chunks: Iterable[Buffer]) -> None:
-    with path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _verified(files: Files, file: File) -> Iterable[Buffer]:
-    sha256 = hashlib.sha256()
-    fd = objects.open_object(files, objects.BLOBS, file.digest, file.size)
-    try:
-        for chunk in objects.read_chunks(fd):
-            sha256.update(chunk)
-            yield chunk
-    finally:
-        os.close(fd)
-    if sha256.hexdigest() != file.digest.hex:
-        raise StoreError(f"{files.root}: the bytes stored as {file.digest} ({file.path}) are damaged")
 
 
 def _holds_exactly(target: Path, files: Iterable[File]) -> bool:

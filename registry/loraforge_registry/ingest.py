@@ -17,7 +17,7 @@ from loraforge_registry.canonical import Value
 from loraforge_registry.config import AdapterConfig, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, ManifestError, NotFoundError
-from loraforge_registry.files import Buffer, Files, named_error
+from loraforge_registry.files import Buffer, Files, named_error, read_chunks
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.layout import Layout, content_id, read_layout
 from loraforge_registry.manifest import (
@@ -115,7 +115,7 @@ def open_adapter(source: Path) -> Iterator[Incoming]:
         yield Incoming(
             config=read_small(paths.config, adapter_config.MAX_BYTES),
             header=header,
-            chunks=_reading(paths.weights, objects.read_chunks(fd)),
+            chunks=_reading(paths.weights, read_chunks(fd)),
             readme=None if paths.readme is None else read_small(paths.readme, MAX_README),
         )
 

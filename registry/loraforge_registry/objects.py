@@ -1,18 +1,17 @@
 """Blobs and manifests: immutable bytes under the name of their own SHA-256."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError, StoreError
-from loraforge_registry.files import Buffer, Files, Temporary
+from loraforge_registry.files import SHARDS, Buffer, Files, Temporary, read_chunks
 from loraforge_registry.sessions import Session
 
 BLOBS = "blobs/sha256"
 MANIFESTS = "manifests/sha256"
 
-CHUNK = 8 * 1024 * 1024
 _PARALLEL_FROM = 1024 * 1024  # below this a thread's start costs more than the hash
 _FLUSH_EVERY = 16  # chunks; the disk then writes while the next are hashed, and the last fsync is short
 
@@ -23,6 +22,7 @@ def put(
     area: str,
     chunks: Iterable[Buffer],
     *,
+    expected: Digest | None = None,
     observe: Callable[[Buffer], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> tuple[Digest, int]:
@@ -34,19 +34,22 @@ def put(
     Cost: one read of ``chunks``, one write; SHA-256, ``observe`` and the write run side by side.
 
     Raises:
+        StoreError: the bytes are not those of ``expected``; nothing is published.
         InputOutputError: the bytes could not be written; nothing is left but what is in ``tmp/`` after a crash.
     """
-    temporary = files.new_temporary()
+    temporary = files.new_temporary(session.name)
     try:
         digest, size = _write_hashed(files, temporary, chunks, observe)
+        if expected is not None and digest != expected:
+            raise StoreError(f"expected {expected}, the bytes that came are {digest}")
         if check is not None:
             check()
         session.pin(digest)
-        files.seal(temporary)
-        directory = _shard(area, digest)
-        if not files.link(temporary, directory, digest.hex) and not _is_intact(files, area, digest, size):
-            files.rename(temporary, directory, digest.hex)  # the name was taken by damaged bytes; these are right
-        files.sync(directory)
+        if is_whole(files, area, digest, size):
+            make_durable(files, area, digest)
+        else:
+            files.seal(temporary)
+            _publish(files, temporary, area, digest, size)
     finally:
         files.discard(temporary)
     return digest, size
@@ -59,7 +62,7 @@ def read_all(files: Files, area: str, digest: Digest, limit: int) -> bytes:
         NotFoundError: it is not there.
         StoreError: its bytes are not the ones its name promises.
     """
-    data = files.read(_shard(area, digest), digest.hex, limit)
+    data = files.read(shard(area, digest), digest.hex, limit)
     if data is None:
         raise NotFoundError(f"{digest} is not in the store {files.root}")
     if Digest.of(data) != digest:
@@ -67,53 +70,83 @@ def read_all(files: Files, area: str, digest: Digest, limit: int) -> bytes:
     return data
 
 
-def open_object(files: Files, area: str, digest: Digest, size: int) -> int:
+@contextmanager
+def opened(files: Files, area: str, digest: Digest, size: int) -> Iterator[int]:
     """Open an object whose length is known; the bytes are not hashed.
 
     Raises:
         NotFoundError: it is not there.
         StoreError: its length is another.
     """
-    fd = files.open(_shard(area, digest), digest.hex)
-    if fd is None:
-        raise NotFoundError(f"{digest} is not in the store {files.root}")
-    found = os.fstat(fd).st_size
-    if found != size:
-        os.close(fd)
-        raise StoreError(f"{files.root}: {digest} has {found} bytes, expected {size}: it is damaged")
-    return fd
+    with files.opened(shard(area, digest), digest.hex) as fd:
+        found = files.size(shard(area, digest), digest.hex)
+        if fd is None or found is None:
+            raise NotFoundError(f"{digest} is not in the store {files.root}")
+        if found != size:
+            raise StoreError(f"{files.root}: {digest} has {found} bytes, expected {size}: it is damaged")
+        yield fd
 
 
-def read_chunks(fd: int) -> Iterator[memoryview]:
-    """Yield a file from its beginning to its end, by pread: a file that shrinks meanwhile ends early, no more.
+def verified(files: Files, area: str, digest: Digest, size: int) -> Iterator[Buffer]:
+    """Yield an object's bytes; what is damaged raises at its end.
 
-    A chunk is valid until the next one is asked for: they share one buffer.
+    Raises:
+        NotFoundError: it is not there.
+        StoreError: its bytes are not the ones its name promises.
     """
-    buffer = memoryview(bytearray(min(CHUNK, os.fstat(fd).st_size + 1)))
-    position = 0
-    while count := os.preadv(fd, [buffer], position):
-        yield buffer[:count]
-        position += count
+    sha256 = hashlib.sha256()
+    with opened(files, area, digest, size) as fd:
+        for chunk in read_chunks(fd):
+            sha256.update(chunk)
+            yield chunk
+    if sha256.hexdigest() != digest.hex:
+        raise StoreError(f"{files.root}: the bytes stored as {digest} are damaged")
 
 
 def list_digests(files: Files, area: str, prefix: str = "") -> Iterator[Digest]:
     """Yield the digests in an area whose hex begins with ``prefix``; names that are no digest are passed over."""
-    shards = [prefix[:2]] if len(prefix) >= 2 else [f"{shard:02x}" for shard in range(256)]
-    for shard in shards:
-        for name in files.names(f"{area}/{shard}"):
+    for part in [prefix[:2]] if len(prefix) >= 2 else SHARDS:
+        for name in files.names(f"{area}/{part}"):
             if name.startswith(prefix) and (digest := _digest(name)) is not None:
                 yield digest
 
 
-def size_of(files: Files, area: str, digest: Digest) -> int:
-    """The length of an object; 0 where it is missing."""
-    fd = files.open(_shard(area, digest), digest.hex)
-    if fd is None:
-        return 0
-    try:
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+def is_whole(files: Files, area: str, digest: Digest, size: int | None = None) -> bool:
+    """Whether an object is there with the bytes its name promises, and the length, where that is known."""
+    found = files.size(shard(area, digest), digest.hex)
+    if found is None or size not in (None, found):
+        return False
+    sha256 = hashlib.sha256()
+    for chunk in files.chunks(shard(area, digest), digest.hex):
+        sha256.update(chunk)
+    return sha256.hexdigest() == digest.hex
+
+
+def make_durable(files: Files, area: str, digest: Digest) -> None:
+    """Make an object that is there last, and its name: whoever wrote it may not have got so far.
+
+    Raises:
+        NotFoundError: it is not there.
+    """
+    with files.opened(shard(area, digest), digest.hex) as fd:
+        if fd is None:
+            raise NotFoundError(f"{digest} is not in the store {files.root}")
+        files.sync_file(fd, shard(area, digest))
+    files.sync(shard(area, digest))
+
+
+def shard(area: str, digest: Digest) -> str:
+    """The directory of an object."""
+    return f"{area}/{digest.hex[:2]}"
+
+
+def _publish(files: Files, temporary: Temporary, area: str, digest: Digest, size: int) -> None:
+    directory = shard(area, digest)
+    if not files.link(temporary, directory, digest.hex):
+        if is_whole(files, area, digest, size):
+            return make_durable(files, area, digest)
+        files.rename(temporary, directory, digest.hex)  # the name was taken by damaged bytes; these are right
+    return files.sync(directory)
 
 
 def _write_hashed(
@@ -139,30 +172,11 @@ def _write_hashed(
                     job.result()
                 if number % _FLUSH_EVERY == _FLUSH_EVERY - 1 and (flush is None or flush.done()):
                     # only a head start for the disk: seal() is what makes the file durable, and reports errors
-                    flush = pool.submit(os.fdatasync, temporary.fd)
+                    flush = pool.submit(files.flush, temporary)
             size += length
         if flush is not None:
             flush.result()
     return Digest("sha256", sha256.hexdigest()), size
-
-
-def _is_intact(files: Files, area: str, digest: Digest, size: int) -> bool:
-    """Whether the object that has this name holds these bytes; if so, make it durable: its writer may not have."""
-    fd = files.open(_shard(area, digest), digest.hex)
-    if fd is None:
-        return False
-    try:
-        sha256 = hashlib.sha256()
-        if os.fstat(fd).st_size != size:
-            return False
-        for chunk in read_chunks(fd):
-            sha256.update(chunk)
-        if sha256.hexdigest() != digest.hex:
-            return False
-        files.sync_file(fd, _shard(area, digest))
-    finally:
-        os.close(fd)
-    return True
 
 
 def _digest(name: str) -> Digest | None:
@@ -170,7 +184,3 @@ def _digest(name: str) -> Digest | None:
         return Digest("sha256", name)
     except ReferenceSyntaxError:
         return None
-
-
-def _shard(area: str, digest: Digest) -> str:
-    return f"{area}/{digest.hex[:2]}"

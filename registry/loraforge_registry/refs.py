@@ -10,6 +10,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.files import Files
 from loraforge_registry.names import RefName
+from loraforge_registry.sessions import Session
 
 _LINE = 72  # "sha256:", 64 digits, a newline
 
@@ -32,7 +33,7 @@ def read_ref(files: Files, ref: RefName) -> Digest | None:
     Raises:
         StoreError: the ref file is damaged; others are not affected.
     """
-    data = files.read("refs", _file_name(ref), _LINE + 1)
+    data = files.read("refs", file_name(ref), _LINE + 1)
     if data is None:
         return None
     try:
@@ -42,7 +43,7 @@ def read_ref(files: Files, ref: RefName) -> Digest | None:
         if digest.algorithm != "sha256":
             raise ReferenceSyntaxError(f"{digest.algorithm} does not name an artifact")
     except (ReferenceSyntaxError, UnicodeDecodeError) as error:
-        raise StoreError(f"the ref {ref} is damaged ({files.root / 'refs' / _file_name(ref)}): {error}") from error
+        raise StoreError(f"the ref {ref} is damaged ({files.root / 'refs' / file_name(ref)}): {error}") from error
     return digest
 
 
@@ -62,44 +63,84 @@ def list_refs(files: Files) -> Iterator[tuple[RefName, Digest | StoreError]]:
             yield ref, digest
 
 
-def move_ref(files: Files, ref: RefName, *, expected: Digest | None, new: Digest | None, who: str, what: str) -> None:
+def move_ref(
+    files: Files,
+    session: Session,
+    ref: RefName,
+    *,
+    expected: Digest | None,
+    new: Digest | None,
+    who: str = "",
+    what: str = "tag",
+) -> None:
     """Point ``ref`` at ``new`` (None removes it) if it points at ``expected`` now; durable when this returns.
 
     Raises:
         ConflictError: it points elsewhere; somebody else moved it.
         NotFoundError: there is nothing to remove.
+        StoreError: it exists, and locks keep nobody out here, so that another's move could be lost.
     """
-    with files.lock("refs"):
+    with files.lock("refs") as alone:
         old = read_ref(files, ref)
         if old != expected:
             raise ConflictError(f"{ref} is {_spell(old)}, expected {_spell(expected)}: it was moved meanwhile")
         if old is None and new is None:
             raise NotFoundError(f"there is no {ref}")
+        if old is not None and not alone:
+            raise StoreError(
+                f"{files.root}: flock keeps nobody out on this file system, so moving {ref} could lose another's move; "
+                "use a new tag, or keep the store elsewhere"
+            )
         files.append("reflog", ref.name, _record(Move(int(time.time()), old, new, ref.tag, who, what)))
         if new is None:
-            files.remove("refs", _file_name(ref))
+            files.remove("refs", file_name(ref))
         else:
-            _replace(files, ref, new)
+            _publish(files, session, ref, new, replace=old is not None)
         files.sync("refs")
 
 
 def read_reflog(files: Files, name: str) -> list[Move]:
     """Return the moves of a name's tags, oldest first; damaged lines are passed over."""
-    data = files.read("reflog", name, 64 * 1024 * 1024) or b""
-    return [move for line in data.split(b"\n") if (move := _parse_record(line)) is not None]
+    return [move for line in _lines(files, name) if (move := _parse_record(line)) is not None]
 
 
-def _replace(files: Files, ref: RefName, new: Digest) -> None:
-    temporary = files.new_temporary()
+def damaged_records(files: Files, name: str) -> int:
+    """Count the lines of a reflog that are no records: a crash tore them, or the disk changed them."""
+    return sum(line != b"" and _parse_record(line) is None for line in _lines(files, name))
+
+
+def restore_ref(files: Files, session: Session, ref: RefName, digest: Digest) -> None:
+    """Write a ref that is damaged again, under the lock; its history has the move already."""
+    with files.lock("refs") as alone:
+        if not alone:
+            raise StoreError(f"{files.root}: flock keeps nobody out on this file system; {ref} was left as it is")
+        try:
+            read_ref(files, ref)
+        except StoreError:
+            files.keep_copy("refs", file_name(ref), "quarantine", f"{file_name(ref)}.{session.name}")
+            _publish(files, session, ref, digest, replace=True)
+            files.sync("refs")
+
+
+def _lines(files: Files, name: str) -> list[bytes]:
+    return (files.read("reflog", name, 64 * 1024 * 1024) or b"").split(b"\n")
+
+
+def _publish(files: Files, session: Session, ref: RefName, new: Digest, *, replace: bool) -> None:
+    temporary = files.new_temporary(session.name)
     try:
         files.write(temporary, f"{new}\n".encode())
         files.seal(temporary, 0o644)
-        files.rename(temporary, "refs", _file_name(ref))
+        if replace:
+            files.rename(temporary, "refs", file_name(ref))
+        elif not files.link(temporary, "refs", file_name(ref)):  # the lock kept nobody out, the link does
+            raise ConflictError(f"{ref} was made by somebody else meanwhile")
     finally:
         files.discard(temporary)
 
 
-def _file_name(ref: RefName) -> str:
+def file_name(ref: RefName) -> str:
+    """What a ref's file is called."""
     return f"{ref.name}@{ref.tag}"
 
 

@@ -2,20 +2,23 @@
 
 import getpass
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraforge_registry import canonical, index, names, objects, refs
+from loraforge_registry import bundle, index, names, objects, refs
 from loraforge_registry.canonical import Value
+from loraforge_registry.check import Report, check
+from loraforge_registry.collect import Collection, Manifests, collect, has, named
 from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.export import export
 from loraforge_registry.files import Files, check_format, make_store
 from loraforge_registry.index import Summary
-from loraforge_registry.ingest import Incoming, ingest
+from loraforge_registry.ingest import Incoming, ingest, open_source
 from loraforge_registry.layout import Layout, read_layout
 from loraforge_registry.manifest import (
     CONFIG_FILE,
@@ -24,12 +27,12 @@ from loraforge_registry.manifest import (
     Derivation,
     File,
     Manifest,
-    decode_manifest,
 )
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.refs import Move
-from loraforge_registry.sessions import open_session
+from loraforge_registry.repair import repair
+from loraforge_registry.sessions import Session, open_session, reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,25 @@ class Store:
     def __init__(self, path: AnyPath | None = None) -> None:
         self.path = default_store() if path is None else expand(path)
         self._files: Files | None = Files(self.path) if check_format(self.path) else None
+        self._own = threading.local()  # a session belongs to one thread
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Keep all that is put, tagged or read in the block from collection until its end; blocks may nest."""
+        outer: Session | None = getattr(self._own, "session", None)
+        if outer is not None:
+            yield outer
+            return
+        with open_session(self._writable()) as session:
+            self._own.session = session
+            try:
+                yield session
+            finally:
+                self._own.session = None
+
+    def reading(self, digest: Digest) -> AbstractContextManager[None]:
+        """Keep an artifact from collection while it is read; a store that cannot be written is read without."""
+        return reading(self._readable(), digest)
 
     def put(
         self,
@@ -81,12 +103,13 @@ class Store:
             ConflictError: the tag means another artifact; the adapter is stored, and reachable by its digest.
         """
         files = self._writable()
-        with open_session(files) as session:
+        with self.session() as session:
+            session.pin(*(derivation.artifacts() if derivation else ()))
             artifact = ingest(files, session, incoming, derivation=derivation, report=report)
             if name is not None:
                 what = "push" if derivation is None else derivation.operation
-                self.tag(artifact.digest, name, force=force, what=what)
-        index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
+                self._move(session, artifact.digest, name, force=force, what=what)
+            index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
         return artifact
 
     def tag(self, digest: Digest, name: RefName, *, force: bool = False, what: str = "tag") -> None:
@@ -97,22 +120,31 @@ class Store:
             NotFoundError: the artifact is not there.
         """
         files = self._writable()
-        with open_session(files) as session:
+        with self.session() as session:
             session.pin(digest)
-            self.manifest(digest)
-            moves_freely = force or name.tag == names.DEFAULT_TAG
-            while True:
-                old = refs.read_ref(files, name)
-                if old == digest:
-                    return None
-                if old is not None and not moves_freely:
-                    raise ConflictError(
-                        f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
-                    )
-                try:
-                    return refs.move_ref(files, name, expected=old, new=digest, who=_who(), what=what)
-                except ConflictError:
-                    continue  # somebody was faster: look again
+            manifest = self.manifest(digest)
+            for file in manifest.files:
+                with objects.opened(files, objects.BLOBS, file.digest, file.size):
+                    objects.make_durable(files, objects.BLOBS, file.digest)
+            objects.make_durable(files, objects.MANIFESTS, digest)
+            self._move(session, digest, name, force=force, what=what)
+
+    def _move(self, session: Session, digest: Digest, name: RefName, *, force: bool, what: str) -> None:
+        """Point a ref at what is complete, durable and pinned."""
+        files = self._writable()
+        moves_freely = force or name.tag == names.DEFAULT_TAG
+        while True:
+            old = refs.read_ref(files, name)
+            if old == digest:
+                return None
+            if old is not None and not moves_freely:
+                raise ConflictError(
+                    f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
+                )
+            try:
+                return refs.move_ref(files, session, name, expected=old, new=digest, who=_who(), what=what)
+            except ConflictError:
+                continue  # somebody was faster: look again
 
     def remove(self, name: RefName) -> Digest:
         """Remove a ref and return what it pointed at; the bytes stay until they are collected.
@@ -124,8 +156,38 @@ class Store:
         old = None if files is None else refs.read_ref(files, name)
         if files is None or old is None:
             raise NotFoundError(f"there is no {name} in {self.path}{self._nearby(name)}")
-        refs.move_ref(files, name, expected=old, new=None, who=_who(), what="rm")
+        with self.session() as session:
+            refs.move_ref(files, session, name, expected=old, new=None, who=_who(), what="rm")
         return old
+
+    def gc(self, *, dry_run: bool, now: bool = False) -> Collection:
+        """Collect what no name, lineage or running process needs (see ``collect.collect``).
+
+        Raises:
+            StoreError: a ref or manifest is damaged, or locks do not work here; nothing was touched.
+        """
+        if self._files is None:
+            return Collection((), (), 0, 0)
+        return collect(self._files, dry_run=dry_run, now=now)
+
+    def fsck(self, *, deep: bool = False) -> Report:
+        """Check the store; nothing is written (see ``check.check``)."""
+        return check(self._readable(), deep=deep)
+
+    def repair(self, report: Report, source: AnyPath | None = None) -> list[str]:
+        """Put right what a check found, with the help of another store; return the places that were.
+
+        Raises:
+            NotFoundError: there is no store at ``source``.
+            StoreError: locks do not work here.
+        """
+        files = self._readable()
+        if source is None:
+            return repair(files, report.problems)
+        path = expand(source)
+        if not check_format(path):
+            raise NotFoundError(f"there is no store at {path}")
+        return repair(files, report.problems, Files(path))
 
     def resolve(self, text: str) -> Digest:
         """Return the artifact that ``name[:tag]``, ``name@sha256:<hex>`` or ``sha256:<prefix>`` means.
@@ -156,7 +218,7 @@ class Store:
             NotFoundError: it is not in the store.
             StoreError, ManifestError: it is damaged.
         """
-        return decode_manifest(objects.read_all(self._readable(), objects.MANIFESTS, digest, canonical.MAX_BYTES))
+        return Manifests(self._readable()).read(digest)
 
     def layout(self, manifest: Manifest) -> Layout:
         """Which tensor is what, in an artifact of this store."""
@@ -171,15 +233,51 @@ class Store:
     def open_weights(self, manifest: Manifest) -> Iterator[int]:
         """Open the weights of an artifact; their length is checked, their bytes are not."""
         file = manifest.file(WEIGHTS_FILE)
-        fd = objects.open_object(self._readable(), objects.BLOBS, file.digest, file.size)
-        try:
+        with objects.opened(self._readable(), objects.BLOBS, file.digest, file.size) as fd:
             yield fd
-        finally:
-            os.close(fd)
 
     def export(self, digest: Digest, target: Path) -> None:
         """Write an artifact out as a PEFT directory, every byte checked (see ``export.export``)."""
-        export(self._readable(), self.manifest(digest), target)
+        with self.reading(digest):
+            export(self._readable(), self.manifest(digest), target)
+
+    def export_bundle(self, roots: Sequence[Digest], names: Mapping[RefName, Digest], target: AnyPath) -> int:
+        """Write artifacts with their lineage, and names for them, into one file (see ``bundle``); return its size.
+
+        Raises:
+            ConflictError: ``target`` exists with other contents.
+            StoreError: something stored is damaged; nothing is left at ``target``.
+        """
+        files, path = self._readable(), expand(target)
+        if path.resolve().is_relative_to(files.root.resolve()):
+            raise ConflictError(f"{path} is inside the store {files.root}; name a file elsewhere")
+        with ExitStack() as stack:
+            for root in roots:
+                stack.enter_context(self.reading(root))
+            return bundle.write_bundle(files, roots, names, path)
+
+    def import_bundle(
+        self, source: AnyPath, *, name: RefName | None = None, force: bool = False
+    ) -> tuple[tuple[Digest, ...], Mapping[RefName, Digest]]:
+        """Store the artifacts of a bundle, and give them its names; return its roots and the names.
+
+        With ``name`` its only root gets that one instead.
+
+        Raises:
+            FormatError: it is damaged, or holds what a push would refuse; nothing is stored.
+            ConflictError: a tag means another artifact; everything is stored, and the tags before it are made.
+        """
+        path = expand(source)
+        with open_source(path) as fd:
+            found = bundle.read_bundle(path, fd)
+            if name is not None and len(found.roots) != 1:
+                raise ConflictError(f"{path} holds {len(found.roots)} artifacts, which cannot all be {name}")
+            wanted = dict(found.names) if name is None else {name: found.roots[0]}
+            with self.session() as session:
+                bundle.store_bundle(self._writable(), session, found)
+                for ref, digest in wanted.items():
+                    self._move(session, digest, ref, force=force, what="import")
+        return found.roots, wanted
 
     def ls(self, name: str | None = None) -> list[Named]:
         """Return every ref with a line about its artifact, sorted; ``name`` keeps one name's tags.
@@ -217,38 +315,22 @@ class Store:
         """
         if self._files is None:
             return Usage(0, 0, 0, 0)
-        reachable = self._reachable()
+        reachable = Manifests(self._files).reachable(named(self._files))
         sizes = {
-            (area, digest): objects.size_of(self._files, area, digest)
+            (area, digest): self._files.size(objects.shard(area, digest), digest.hex) or 0
             for area in (objects.BLOBS, objects.MANIFESTS)
             for digest in objects.list_digests(self._files, area)
         }
         needed = {(objects.MANIFESTS, digest) for digest in reachable}
         needed |= {(objects.BLOBS, file.digest) for m in reachable.values() for file in m.files}
-        physical = sum(sizes.values())
+        trash = sum(self._files.size("trash", name) or 0 for name in self._files.names("trash"))
+        physical = sum(sizes.values()) + trash
         return Usage(
             artifacts=sum(area == objects.MANIFESTS for area, _ in sizes),
             logical=sum(manifest.size for manifest in reachable.values()),
             physical=physical,
             reclaimable=physical - sum(sizes.get(key, 0) for key in needed),
         )
-
-    def _reachable(self) -> dict[Digest, Manifest]:
-        files = self._readable()
-        todo: list[Digest] = []
-        for _, found in refs.list_refs(files):
-            if isinstance(found, StoreError):
-                raise found
-            todo.append(found)
-        reachable: dict[Digest, Manifest] = {}
-        while todo:
-            digest = todo.pop()
-            if digest in reachable:
-                continue
-            manifest = reachable[digest] = self.manifest(digest)
-            lineage = manifest.derivation.artifacts() if manifest.derivation else ()
-            todo += [parent for parent in lineage if self.has(parent)]
-        return reachable
 
     def find_content(self, content_id: Digest) -> Digest | None:
         """Return an artifact that computes this, named or not, or None.
@@ -266,7 +348,7 @@ class Store:
 
     def has(self, digest: Digest) -> bool:
         """Whether the store holds an artifact."""
-        return self._files is not None and self._files.exists(f"{objects.MANIFESTS}/{digest.hex[:2]}", digest.hex)
+        return self._files is not None and has(self._files, digest)
 
     def _line(
         self,

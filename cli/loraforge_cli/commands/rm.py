@@ -11,7 +11,10 @@ from loraforge_registry.names import RefName
 @click.argument("names", metavar="NAME[:TAG]...", nargs=-1, required=True, type=SOURCE)
 @common
 def command(session: Session, *, names: tuple[str, ...]) -> None:
-    """Take names away. The adapters stay in the store, and come back with: loraforge tag sha256:DIGEST NAME:TAG."""
+    """Take names away.
+
+    The adapters stay in the store until a gc, and come back with: loraforge tag sha256:DIGEST NAME:TAG.
+    """
     store = session.store()
     refs = list(dict.fromkeys(RefName.parse(name) for name in names))
     for ref in refs:

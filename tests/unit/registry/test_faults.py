@@ -1,6 +1,7 @@
 """Every call of a push that changes the disk fails, or is the last one: what was there stays, and a retry succeeds."""
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -18,7 +19,7 @@ from loraforge_registry.ingest import examine, open_adapter
 from loraforge_registry.manifest import encode_manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
-from tests.bad_files import tensors, write_adapter
+from tests.bad_files import config, tensors, write_adapter
 
 CALLS = ("write", "fsync", "fdatasync", "fchmod", "link", "rename", "replace", "unlink", "mkdir", "open", "ftruncate")
 REF = RefName("a", "v1")
@@ -235,6 +236,7 @@ def test_an_fsync_that_failed_is_not_tried_again(store, sources, monkeypatch):
 
 def test_the_order_of_writes(store, sources, monkeypatch):
     source = sources(1)
+    (source / "adapter_config.json").write_text(json.dumps(config(lora_alpha=8)))
     with disk(monkeypatch) as recorder:
         digest = put(store, source)
     calls = [(name, path.removeprefix(f"{store}/")) for name, path in recorder.calls]
@@ -260,6 +262,12 @@ def test_the_order_of_writes(store, sources, monkeypatch):
     assert ("fsync", "reflog/a") in calls[record : published[-1]]
     assert ("fsync", "reflog") in calls[record : published[-1]]
     assert published[-2] < record < published[-1]
+
+
+def test_a_publish_takes_twelve_fsyncs(store, sources, monkeypatch):
+    with disk(monkeypatch) as recorder:
+        put(store, sources(1))  # with a README: three blobs, a manifest, a record, a ref, each with its directory
+    assert [name for name, _ in recorder.calls].count("fsync") == 12
 
 
 def test_a_push_of_what_is_there_makes_it_durable_again(store, sources, monkeypatch):

@@ -16,6 +16,7 @@ from loraforge_registry.files import Files
 from loraforge_registry.ingest import open_adapter
 from loraforge_registry.manifest import WEIGHTS_FILE, Artifact
 from loraforge_registry.names import RefName
+from loraforge_registry.sessions import open_session
 from loraforge_registry.store import Store, Usage
 from tests.bad_files import tensors, write_adapter
 
@@ -206,14 +207,15 @@ def test_a_conflicting_push_is_stored_and_reachable_by_its_digest(store, sources
 def test_a_ref_moves_only_from_what_was_expected(store, sources):
     first, second = put(store, sources[0], V1).digest, put(store, sources[1]).digest
     files = Files(store.path)
-    for expected in (None, second):
-        with pytest.raises(ConflictError, match="moved meanwhile"):
-            refs.move_ref(files, V1, expected=expected, new=second, who="x", what="x")
-    assert refs.read_ref(files, V1) == first
-    refs.move_ref(files, V1, expected=first, new=second, who="x", what="x")
-    assert refs.read_ref(files, V1) == second
-    with pytest.raises(NotFoundError):
-        refs.move_ref(files, RefName("b"), expected=None, new=None, who="x", what="x")
+    with open_session(files) as session:
+        for expected in (None, second):
+            with pytest.raises(ConflictError, match="moved meanwhile"):
+                refs.move_ref(files, session, V1, expected=expected, new=second)
+        assert refs.read_ref(files, V1) == first
+        refs.move_ref(files, session, V1, expected=first, new=second)
+        assert refs.read_ref(files, V1) == second
+        with pytest.raises(NotFoundError):
+            refs.move_ref(files, session, RefName("b"), expected=None, new=None)
 
 
 def test_a_tag_of_nothing_is_refused(store, sources):
@@ -528,3 +530,13 @@ def test_everybody_who_moves_latest_at_once_succeeds(store, sources):
     moves = store.reflog("a")
     assert all(after.old == before.new for before, after in itertools.pairwise(moves))
     assert moves[-1].new == store.resolve("a")
+
+
+def test_threads_that_share_a_store_have_sessions_of_their_own(store, sources):
+    def publish(number: int) -> Digest:
+        return put(store, sources[number % 3], RefName(f"n{number}")).digest
+
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(publish, range(48)))
+    assert [store.resolve(f"n{number}") for number in range(48)] == digests
+    assert files_in(store, "sessions", "tmp") == set()
