@@ -35,7 +35,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 EXIT_CODES: Mapping[str, int] = {
     "bad_format": 2,
     "bad_reference": 2,
+    "cannot_adapt": 2,
     "cannot_compose": 2,
+    "cannot_train": 2,
     "not_finite": 2,
     "usage": 2,
     "not_found": 3,
