@@ -41,6 +41,14 @@ class Injected:
         }
         return found | dict(self.whole)
 
+    def b_factors(self) -> set[str]:
+        """Return the names of the B that LoRA+ trains faster: an embedding's is not the one that starts at zero."""
+        return {f"{name}.lora.b" for name, module in self.targets.items() if _factors(module).kind != "embedding"}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return what is part of the adapter and not trained, by name: the factors that PiSSA and OLoRA subtract."""
+        return {f"{n}.lora.{k}": b for n, module in self.targets.items() for k, b in _factors(module).named_buffers()}
+
     def adapter(self) -> Adapter:
         """Return a copy of the adapter as it is now, as a plain one on the base as it was.
 
