@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ from loraforge.training.streams import seed_all
 Batch = Any
 """A mapping (keyword arguments of the model), a tuple or list (positional ones), or one argument."""
 Count = Callable[[nn.Module, Batch], int]
+
+
+@runtime_checkable
+class Epochs(Protocol):
+    """Data that has an order of its own for each epoch, and any batch of it at once."""
+
+    def epoch(self, number: int) -> Sequence[Batch]:
+        """Return the batches of an epoch: the same ones whenever it is asked."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ def steps_per_epoch(batches: Iterable[Batch], size: int) -> int | None:
 
 
 def _epoch(batches: Iterable[Batch], seed: int, cursor: Cursor) -> Iterator[Batch]:
+    if isinstance(batches, Epochs):
+        batches = batches.epoch(cursor.epoch)
     if isinstance(batches, Sequence):
         for number in range(cursor.taken, len(batches)):
             seed_all(seed, "fetch", cursor.epoch, number)
