@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "du": ("du", "How much the store holds, and how much of it is needed."),
     "compose": ("compose", "Combine adapters into one, exactly."),
     "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
+    "train": ("train", "Train an adapter for a base."),
     "merge": ("merge", "Write adapters into a base checkpoint."),
     "unmerge": ("unmerge", "Take them out again, bit for bit."),
     "verify": ("verify", "Is a merged checkpoint what its receipt says?"),

@@ -41,7 +41,7 @@ class Window:
 
 
 def windows(batches: Iterable[Batch], size: int, seed: int, start: Cursor) -> Iterator[Window]:
-    """Yield one window after another, for ever; the last of an epoch may be smaller.
+    """Yield one window after another, for ever; the last of an epoch may be smaller, and ends at the next one's start.
 
     Every fetch is seeded by (seed, epoch, number), so that the order is the same after a resume; what was taken
     before ``start`` is read again, or skipped where ``batches`` is a sequence.
@@ -53,17 +53,16 @@ def windows(batches: Iterable[Batch], size: int, seed: int, start: Cursor) -> It
     while True:
         held: list[Batch] = []
         for batch in _epoch(batches, seed, cursor):
-            held.append(batch)
-            cursor = Cursor(cursor.epoch, cursor.taken + 1)
-            if len(held) == size:
+            if len(held) == size:  # only now it is known not to be the last
                 yield Window(held, cursor)
                 held = []
+            held.append(batch)
+            cursor = Cursor(cursor.epoch, cursor.taken + 1)
         if cursor.taken == 0:
             again = "a second time: give a list or a DataLoader" if cursor.epoch else ""
             raise TrainingError(f"the data gives no batch {again}".strip())
         cursor = Cursor(cursor.epoch + 1)
-        if held:
-            yield Window(held, cursor)
+        yield Window(held, cursor)
 
 
 def steps_per_epoch(batches: Iterable[Batch], size: int) -> int | None:

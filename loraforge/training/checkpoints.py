@@ -45,17 +45,31 @@ class Progress:
     stale: int = 0
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a resumed run must have as it was: its configuration, and what names its model and data."""
+
+    config: TrainConfig
+    inputs: Mapping[str, object]
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON gives it back."""
+        config = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        plain: dict[str, Any] = json.loads(json.dumps(config | {f"inputs.{k}": v for k, v in self.inputs.items()}))
+        return plain
+
+
 Tensors = dict[str, Tensor]
 
 
-def save(run: Path, progress: Progress, config: TrainConfig, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Path:
+def save(run: Path, progress: Progress, setting: Setting, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Path:
     """Write the checkpoint of a step, and drop all but the last few.
 
     Raises:
         InputOutputError: it cannot be written; nothing of it is left.
     """
     encoded = peft.encode(adapter)
-    document = {"config": _plain(config), **asdict(progress)}
+    document = {"setting": setting.plain(), **asdict(progress)}
     contents: dict[str, Callable[[], Iterable[Buffer]]] = {
         CONFIG_FILE: lambda: [encoded.config],
         WEIGHTS_FILE: lambda: encoded.chunks,
@@ -65,7 +79,7 @@ def save(run: Path, progress: Progress, config: TrainConfig, adapter: Adapter, t
     folder = run / f"step-{progress.step:07}"
     if not folder.exists():
         write_directory(folder, contents)
-    for old in checkpoints(run)[: -config.keep]:
+    for old in checkpoints(run)[: -setting.config.keep]:
         _drop(old)
     return folder
 
@@ -75,28 +89,28 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step-*") if (path / STATE).is_file())
 
 
-def load(folder: Path, config: TrainConfig) -> tuple[Progress, Tensors]:
+def load(folder: Path, setting: Setting) -> tuple[Progress, Tensors]:
     """Read a checkpoint.
 
     Raises:
-        TrainingError: it is of a run with another configuration; the field is named.
+        TrainingError: it is of a run with another configuration, model or data; what differs is named.
         StoreError: it is damaged.
     """
     try:
         document = json.loads((folder / STATE).read_text())
         with (folder / TENSORS).open("rb") as file:
             tensors = map_tensors(file.fileno(), read_header(file.fileno()))
-        before, cursor = document["config"], Cursor(**document["cursor"])
+        before, cursor = document["setting"], Cursor(**document["cursor"])
         progress = Progress(document["step"], cursor, document["best"], document["stale"])
     except (OSError, ValueError, KeyError, TypeError, FormatError) as error:
         raise StoreError(
             f"{folder} is no checkpoint that can be read ({error}); remove it to go on from the one before"
         ) from error
-    now = _plain(config)
-    for name in sorted(now.keys() - _FREE):
-        if before.get(name) != now[name]:
+    now = setting.plain()
+    for name in sorted(now.keys() | before.keys()):
+        if before.get(name) != now.get(name):
             raise TrainingError(
-                f"{folder.parent} was begun with {name}={before.get(name)!r}, now it is {now[name]!r}: resume with "
+                f"{folder.parent} was begun with {name}={before.get(name)!r}, now it is {now.get(name)!r}: resume with "
                 "what it was, or name another run directory"
             )
     return progress, tensors
@@ -176,11 +190,6 @@ def _drop(folder: Path) -> None:
     hidden = folder.with_name(f".old-{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
 
 
 def _step_of(line: str) -> float:

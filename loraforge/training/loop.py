@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from loraforge.errors import NumericalError, TrainingError
 from loraforge.layers import Injected, attach, inject
 from loraforge.training import checkpoints
 from loraforge.training.batches import Batch, Count, Window, count_labels, steps_per_epoch, windows
-from loraforge.training.checkpoints import Progress
+from loraforge.training.checkpoints import Progress, Setting
 from loraforge.training.config import TrainConfig
 from loraforge.training.schedule import rate
 from loraforge.training.step import check_reached, clip, evaluate, make_optimizer, set_rate, window_gradient
@@ -64,6 +64,7 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
     *,
     valid: Iterable[Batch] | None = None,
     adapter: Adapter | None = None,
+    inputs: Mapping[str, object] | None = None,
     run: AnyPath | None = None,
     resume: bool = False,
     count: Count = count_labels,
@@ -75,7 +76,8 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
     ``batches`` are micro-batches, read again for each epoch: mappings of keyword arguments, tuples, or tensors.
     ``valid`` are those of the evaluation, after which the best adapter is returned instead of the last. ``adapter`` is
     one to train on from. In the directory ``run`` checkpoints and metrics are kept; with ``resume`` the run goes on
-    from the last one, to the bits it would have had without a break. ``count`` says how many labels the mean in the
+    from the last one, to the bits it would have had without a break; ``inputs`` are texts and numbers that name model
+    and data, which must then be the same. ``count`` says how many labels the mean in the
     loss of a batch is over. ``should_stop`` is asked after each step; a run that stops saves first.
 
     Numerics: AdamW on float32 factors. The loss of a step is the mean over all labels of its window.
@@ -91,7 +93,8 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
         seed_all(config.seed, "start")
         injected = inject(model, config) if adapter is None else attach(model, adapter, dropout=config.dropout)
         try:
-            state = _begin(injected, config, folder, resume=resume)
+            setting = Setting(config, inputs or {})
+            state = _begin(injected, setting, folder, resume=resume)
             autocast = _autocast(config, device)
             model.train()
             coming = windows(batches, config.grad_accum, config.seed, state.progress.cursor)
@@ -101,7 +104,7 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
                 if valid is not None and _is_due(state.progress.step, config.eval_every, window, plan):
                     metrics = _judge(state, metrics, evaluate(model, valid, count, autocast))
                 stop = should_stop is not None and should_stop()
-                _record(state, metrics, config, folder, last=stop or _is_done(state.progress, plan, config))
+                _record(state, metrics, setting, folder, last=stop or _is_done(state.progress, plan, config))
                 if on_step is not None:
                     on_step(metrics)
                 if stop:
@@ -131,10 +134,10 @@ def make_plan(batches: Iterable[Batch], config: TrainConfig) -> Plan:
     return Plan(total, config.epochs)
 
 
-def _begin(injected: Injected, config: TrainConfig, folder: Path | None, *, resume: bool) -> _Run:
+def _begin(injected: Injected, setting: Setting, folder: Path | None, *, resume: bool) -> _Run:
     parameters = injected.parameters()
     fixed = injected.buffers()
-    state = _Run(injected, make_optimizer(parameters, injected.b_factors(), config), parameters, fixed)
+    state = _Run(injected, make_optimizer(parameters, injected.b_factors(), setting.config), parameters, fixed)
     if folder is None:
         return state
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +147,7 @@ def _begin(injected: Injected, config: TrainConfig, folder: Path | None, *, resu
             f"{folder} holds a run already, up to {found[-1].name}: resume it, or name another directory"
         )
     if found:
-        state.progress, tensors = checkpoints.load(found[-1], config)
+        state.progress, tensors = checkpoints.load(found[-1], setting)
         state.best = checkpoints.scatter(tensors, parameters, state.optimizer, fixed)
     checkpoints.tidy(folder, state.progress.step)
     return state
@@ -191,14 +194,15 @@ def _judge(state: _Run, metrics: Metrics, loss: float) -> Metrics:
     return replace(metrics, eval_loss=loss)
 
 
-def _record(state: _Run, metrics: Metrics, config: TrainConfig, folder: Path | None, *, last: bool) -> None:
+def _record(state: _Run, metrics: Metrics, setting: Setting, folder: Path | None, *, last: bool) -> None:
     if folder is None:
         return
     checkpoints.log(folder, {k: v for k, v in metrics.__dict__.items() if v is not None})
-    if last or (config.save_every is not None and metrics.step % config.save_every == 0):
+    every = setting.config.save_every
+    if last or (every is not None and metrics.step % every == 0):
         now = _checked(state.injected.adapter())
         tensors = checkpoints.gather(state.parameters, state.optimizer, state.fixed, state.best)
-        checkpoints.save(folder, state.progress, config, now, tensors)
+        checkpoints.save(folder, state.progress, setting, now, tensors)
 
 
 def _result(state: _Run) -> Adapter:

@@ -194,6 +194,24 @@ def test_every_batch_is_seen_once_an_epoch(kind):
     assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 2
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 5, 7])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_has_the_epochs_it_was_asked_for_and_evaluates_after_each(accumulate, known):
+    """15 micro-batches an epoch, of data that knows its length and of data that does not."""
+    data, seen = list(batches()), []
+    config = replace(CONFIG, epochs=3, grad_accum=accumulate, schedule="constant")
+    train(net(), data if known else Again(data), config, valid=data, on_step=seen.append)
+    per_epoch = math.ceil(15 / accumulate)
+    assert [metrics.epoch for metrics in seen] == [epoch for epoch in range(3) for _ in range(per_epoch)]
+    assert [m.step for m in seen if m.eval_loss is not None] == [per_epoch, 2 * per_epoch, 3 * per_epoch]
+
+
+def test_an_iterator_is_enough_for_the_steps_that_it_has():
+    seen = []
+    train(net(), iter(list(batches())), replace(CONFIG, max_steps=15), on_step=seen.append)
+    assert len(seen) == 15
+
+
 class Broken(Net):
     """Gives what it is told to at its n-th forward."""
 
