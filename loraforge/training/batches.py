@@ -13,6 +13,8 @@ from loraforge.training.streams import seed_all
 
 Batch = Any
 """A mapping (keyword arguments of the model), a tuple or list (positional ones), or one argument."""
+IGNORED = -100
+"""The label that transformers and torch leave out."""
 Count = Callable[[nn.Module, Batch], int]
 
 
@@ -107,7 +109,7 @@ def count_labels(model: nn.Module, batch: Batch) -> int:
         return _rows(batch)
     causal = any(cls.__name__.endswith(("ForCausalLM", "LMHeadModel")) for cls in type(model).__mro__)
     counted = labels[..., 1:] if causal and labels.ndim > 1 else labels
-    return int((counted != -100).sum())
+    return int((counted != IGNORED).sum())
 
 
 def _rows(batch: Batch) -> int:

@@ -3,11 +3,12 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraforge.errors import TrainingError
 from loraforge.training.batches import Batch, Count, to_device
 from loraforge.training.config import TrainConfig
+from loraforge.training.losses import loss_of
 
 
 def window_gradient(
@@ -56,29 +57,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], count: Count, autocast:
     if total == 0:
         raise TrainingError("the validation data has no label at all")
     return weighted / total
-
-
-def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
-    """Run a model on a batch and return its loss.
-
-    Raises:
-        TrainingError: it returns none.
-    """
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-        if isinstance(batch, Mapping):
-            out = model(**batch)
-        else:
-            out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    if loss is None:
-        loss = out[0] if isinstance(out, (tuple, list)) and out else out
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TrainingError(
-            f"the model returned {type(out).__name__} without a loss: its forward must give a scalar, an object or "
-            "dict with 'loss', or a tuple that begins with it (transformers' models need 'labels' in the batch)"
-        )
-    return loss.reshape(()).float() if loss.dtype.itemsize < 4 else loss.reshape(())
 
 
 def make_optimizer(

@@ -10,6 +10,7 @@ import loraforge as lf
 from loraforge.layers import LoraConfig, inject
 from loraforge.training import TrainConfig, train
 from loraforge.training.batches import count_labels
+from loraforge.training.losses import keeps_logits, loss_of
 from loraforge.training.schedule import rate
 from loraforge.training.step import window_gradient
 from tests.conformance.peft_cases import make
@@ -113,6 +114,43 @@ def test_ragged_micro_batches_give_the_gradient_of_the_full_batch(accumulation, 
     assert abs(full - float(model(**batch).loss)) < 1e-6
     assert abs(full - parted) < 1e-6
     assert float((exact - sums).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_head_runs_only_where_something_is_learned_and_the_loss_is_the_models_own(half):
+    model, batch = llama(), ragged(6)
+    batch["labels"][:, :4] = -100
+    dtype = torch.bfloat16 if half else None
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    injected = inject(model, LoraConfig(rank=4))
+    found = []
+    for own in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(**batch).loss if own else loss_of(model, batch, dtype)
+        loss.backward()
+        found.append((float(loss.detach()), torch.cat([p.grad.flatten() for p in injected.parameters().values()])))
+    hook.remove()
+    assert rows == [int((batch["labels"] != -100).any(0).sum()), 12]
+    assert rows[0] == 6
+    (ours, gradient), (theirs, other) = found
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert float((gradient - other).norm() / other.norm()) < (2e-2 if half else 1e-6)
+
+
+def test_a_model_with_a_loss_of_its_own_keeps_it():
+    from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+    tiny = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    assert keeps_logits(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)))
+    for routed in (False, True):
+        model = MixtralForCausalLM(MixtralConfig(**tiny, **heads, output_router_logits=routed))
+        assert keeps_logits(model) is not routed
+        batch = ragged(4)
+        assert float(loss_of(model, batch, None)) == pytest.approx(float(model(**batch).loss), rel=1e-6)
+    assert not keeps_logits(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("warmup", [0, 7])

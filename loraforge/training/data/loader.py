@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from loraforge.errors import TrainingError
-from loraforge.training.data.tokens import IGNORED, Row
+from loraforge.training.batches import IGNORED
+from loraforge.training.data.tokens import Row
 from loraforge.training.streams import seed_all
 
 Batch = dict[str, Tensor]

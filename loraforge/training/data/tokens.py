@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from loraforge.errors import TrainingError
+from loraforge.training.batches import IGNORED
 from loraforge.training.data.formats import Message, Sample
 
 Mask = Literal["prompt", "last", "none"]
 MASKS: tuple[Mask, ...] = ("prompt", "last", "none")
-IGNORED = -100
 Segment = tuple[str, bool]
 """A text, and whether it is learned."""
 

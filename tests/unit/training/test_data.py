@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import loraforge as lf
 from loraforge.errors import FormatError, NotFoundError, TrainingError
 from loraforge.training import TrainConfig, train
-from loraforge.training.batches import count_labels
+from loraforge.training.batches import IGNORED, count_labels
 from loraforge.training.data.formats import Message, Sample, read_samples
 from loraforge.training.data.loader import best_fit, make_loader, packed, padded
-from loraforge.training.data.tokens import IGNORED, Bytes, Row, show, tokenize
+from loraforge.training.data.tokens import Bytes, Row, show, tokenize
 from loraforge.training.step import window_gradient
 from tests.conformance.peft_cases import make
 
