@@ -18,7 +18,7 @@ from loraforge.errors import ConflictError, NotFoundError, TrainingError
 from loraforge.formats import peft
 from loraforge.layers import inject
 from loraforge.registry import Registry
-from loraforge.training import Metrics, train
+from loraforge.training import Metrics, ranks, train
 from loraforge.training.checkpoints import METRICS
 from loraforge.training.data.formats import read_samples
 from loraforge.training.data.loader import Loader, make_loader
@@ -148,6 +148,8 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
         )
     if interrupted() and seen and seen[-1].step != total:
         _say_how_to_go_on(settings, seen[-1].step)
+    if ranks.rank() > 0:
+        return
     derivation = trained(settings.config, inputs, version=loraforge.__version__)
     report = _report(_history(settings, seen))
     put = registry.store.put(peft.encode(adapter), derivation=derivation, report=report, name=name, force=force)

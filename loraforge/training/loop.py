@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loraforge.adapter import Adapter
 from loraforge.errors import NumericalError, TrainingError
 from loraforge.layers import Injected, attach, inject
-from loraforge.training import checkpoints
+from loraforge.training import checkpoints, ranks
 from loraforge.training.batches import Batch, Count, Window, count_labels, steps_per_epoch, windows
 from loraforge.training.checkpoints import Progress, Setting
 from loraforge.training.config import TrainConfig
@@ -80,6 +80,9 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
     and data, which must then be the same. ``count`` says how many labels the mean in the
     loss of a batch is over. ``should_stop`` is asked after each step; a run that stops saves first.
 
+    Where ``torch.distributed`` is set up, each process takes ``grad_accum`` of a window's micro-batches, and the first
+    one writes; the adapter is then that of one process with as many more.
+
     Numerics: AdamW on float32 factors. The loss of a step is the mean over all labels of its window.
 
     Raises:
@@ -97,13 +100,13 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
             state = _begin(injected, setting, folder, resume=resume)
             autocast = _autocast(config, device)
             model.train()
-            coming = windows(batches, config.grad_accum, config.seed, state.progress.cursor)
+            coming = windows(batches, config.grad_accum * ranks.size(), config.seed, state.progress.cursor)
             while not _is_done(state.progress, plan, config):
                 window = next(coming)
                 metrics = _step(state, model, window, config, plan, count, autocast)
                 if valid is not None and _is_due(state.progress.step, config.eval_every, window, plan):
                     metrics = _judge(state, metrics, evaluate(model, valid, count, autocast))
-                stop = should_stop is not None and should_stop()
+                stop = _agree(should_stop is not None and should_stop(), device)
                 _record(state, metrics, setting, folder, last=stop or _is_done(state.progress, plan, config))
                 if on_step is not None:
                     on_step(metrics)
@@ -120,7 +123,7 @@ def make_plan(batches: Iterable[Batch], config: TrainConfig) -> Plan:
     Raises:
         TrainingError: a schedule that needs the number of steps, which neither the data nor max_steps gives.
     """
-    per_epoch = steps_per_epoch(batches, config.grad_accum)
+    per_epoch = steps_per_epoch(batches, config.grad_accum * ranks.size())
     if config.max_steps is not None:
         return Plan(config.max_steps, None)
     if per_epoch == 0:
@@ -138,6 +141,7 @@ def _begin(injected: Injected, setting: Setting, folder: Path | None, *, resume:
     parameters = injected.parameters()
     fixed = injected.buffers()
     state = _Run(injected, make_optimizer(parameters, injected.b_factors(), setting.config), parameters, fixed)
+    ranks.align({**parameters, **fixed})
     if folder is None:
         return state
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,8 +153,15 @@ def _begin(injected: Injected, setting: Setting, folder: Path | None, *, resume:
     if found:
         state.progress, tensors = checkpoints.load(found[-1], setting)
         state.best = checkpoints.scatter(tensors, parameters, state.optimizer, fixed)
-    checkpoints.tidy(folder, state.progress.step)
+    ranks.wait()  # nobody reads any more
+    if ranks.rank() == 0:
+        checkpoints.tidy(folder, state.progress.step)
     return state
+
+
+def _agree(stop: bool, device: torch.device) -> bool:  # noqa: FBT001 - an answer
+    """Whether any process was asked to stop."""
+    return ranks.total(float(stop), device=device)[0] > 0
 
 
 def _step(
@@ -163,7 +174,7 @@ def _step(
     autocast: torch.dtype | None,
 ) -> Metrics:
     start, number = time.perf_counter(), state.progress.step
-    seed_all(config.seed, "step", number)
+    seed_all(config.seed, "step", number, *([ranks.rank()] if ranks.size() > 1 else []))
     state.optimizer.zero_grad(set_to_none=True)
     loss, tokens = window_gradient(model, window.batches, count, autocast)
     if number == 0:
@@ -195,7 +206,7 @@ def _judge(state: _Run, metrics: Metrics, loss: float) -> Metrics:
 
 
 def _record(state: _Run, metrics: Metrics, setting: Setting, folder: Path | None, *, last: bool) -> None:
-    if folder is None:
+    if folder is None or ranks.rank() > 0:
         return
     checkpoints.log(folder, {k: v for k, v in metrics.__dict__.items() if v is not None})
     every = setting.config.save_every

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from loraforge.errors import TrainingError
+from loraforge.training import ranks
 from loraforge.training.batches import Batch, Count, to_device
 from loraforge.training.config import TrainConfig
 from loraforge.training.losses import loss_of
@@ -17,7 +18,7 @@ def window_gradient(
     """Add the gradient of the mean loss over all labels of a window; return that loss and the number of labels.
 
     A micro-batch's loss is the mean over its own n_i labels; the window's is ``sum_i n_i loss_i / sum_i n_i``, whatever
-    way the labels fall into micro-batches. One without labels is left out.
+    way the labels fall into micro-batches, and these onto processes. One without labels is left out.
 
     Raises:
         TrainingError: no label in the whole window.
@@ -28,12 +29,13 @@ def window_gradient(
     if total == 0:
         raise TrainingError(f"none of the {len(batches)} micro-batches of a step has a label to learn: all are masked")
     mean = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    for batch, number in zip(batches, counts, strict=True):
+    for batch, number in ranks.share(list(zip(batches, counts, strict=True))):
         if number:
             loss = loss_of(model, to_device(batch, device), autocast)
             (loss * (number / total)).backward()  # type: ignore[no-untyped-call]
             mean += loss.detach() * (number / total)
-    return float(mean), total
+    ranks.add_gradients(model.parameters())
+    return ranks.total(float(mean), device=device)[0], total
 
 
 @torch.no_grad()
@@ -46,14 +48,15 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], count: Count, autocast:
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        total, weighted = 0, 0.0
-        for batch in batches:
-            number = count(model, batch)
+        labels, weighted = 0, 0.0
+        for place, batch in enumerate(batches):
+            number = count(model, batch) if place % ranks.size() == ranks.rank() else 0
             if number:
                 weighted += number * float(loss_of(model, to_device(batch, device), autocast))
-                total += number
+                labels += number
     finally:
         model.train(training)
+    weighted, total = ranks.total(weighted, labels, device=device)
     if total == 0:
         raise TrainingError("the validation data has no label at all")
     return weighted / total

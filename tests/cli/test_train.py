@@ -12,6 +12,7 @@ import torch
 
 import loraforge as lf
 from loraforge_cli.train_settings import targets
+from tests.unit.training.test_ranks import torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own remarks
 
@@ -302,6 +303,18 @@ def test_resume_ends_in_the_same_artifact(base, data, run, tmp_path):
     last.rmdir()
     parts = run("train", *options, "--as", "parts:v1", "--run", folder, "--resume", "--json").json
     assert parts["digest"] == whole["digest"]
+
+
+def test_under_torchrun_one_adapter_is_stored(base, data, run):
+    options = ("train", "--base", base, "--data", data, "--batch-size", "2", "--lr", "1e-2", "--max-steps", "3")
+    assert run(*options, "--grad-accum", "2", "--as", "one:v1").code == 0
+    done = torchrun("-m", "loraforge_cli", *options, "--as", "two:v1", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["name"] == "two"
+    one, two = lf.load("one:v1"), lf.load("two:v1")
+    assert one.targets.keys() == two.targets.keys()
+    for name, pair in one.targets.items():
+        assert torch.allclose(pair.delta(), two.targets[name].delta(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

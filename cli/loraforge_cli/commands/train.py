@@ -23,6 +23,7 @@ def command(session: Session, *, settings: str | None, resume: bool, force: bool
     loraforge train --base ./base --data french.jsonl --as french:v1
     loraforge train run.yaml --dry-run
     loraforge train run.yaml --run ./run --resume
+    torchrun --nproc-per-node 2 -m loraforge_cli train run.yaml
 
     A YAML file holds the same names as the flags; flags win. A line of data is a chat ("messages", "conversations"),
     "instruction" and "output", "prompt" and "completion", "input" and "output", "text", or "input_ids" and "labels".
@@ -33,10 +34,11 @@ def command(session: Session, *, settings: str | None, resume: bool, force: bool
     if resume and said.run is None:
         raise click.UsageError("--resume goes on from checkpoints: say where they are, --run DIR")
     name = None if said.name is None else RefName.parse(said.name)
+    from loraforge_cli.train_ranks import joined
     from loraforge_cli.train_run import prepare, run_training, show_plan
 
-    prepared = prepare(said)
     if dry_run or name is None:
-        show_plan(session, prepared)
+        show_plan(session, prepare(said))
         return
-    run_training(session, prepared, name, resume=resume, force=force)
+    with joined(session) as mine:
+        run_training(mine, prepare(said), name, resume=resume, force=force)
