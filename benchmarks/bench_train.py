@@ -4,7 +4,11 @@ One Llama (512 wide, 6 layers) with random weights, all-linear, rank 8, dropout 
 under bfloat16 autocast: forward, backward and, in the last column, torch's AdamW as each of the two would use it
 (ours fused). One thread, CPU time of the thread, the two in turns, the least of the rounds.
 
-To reach: at most 0.9 times PEFT's time, at most 0.85 times what PEFT keeps.
+Then the same model with rank 4 on q and v, as in the LoRA paper, beside full fine-tuning with fused AdamW: the time of a
+step, what training holds (weights, gradients, moments) and the file that comes out.
+
+To reach: at most 0.9 times PEFT's time, at most 0.85 times what PEFT keeps; against full fine-tuning 1.25 times faster,
+3 times less held, a file 100 times smaller.
 
     python benchmarks/bench_train.py [--rounds N]
 """
@@ -14,7 +18,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +59,30 @@ def main() -> int:
         kept = {name: saved(one, tokens, half=half) for name, one in both.items()}
         name = "bfloat16 autocast" if half else "float32"
         print(f"{name:20}{_pair(seconds, 1e3)}  {_pair(kept, 1e-6)}{whole['loraforge'] / whole['PEFT']:9.2f}")
+    print(f"\n{'beside all weights':20}{'ms':>7}{'all':>7}{'ratio':>7}{'held MB':>9}{'all':>7}{'ratio':>7}{'file':>9}")
+    small, full = ours(copy.deepcopy(base), RANK // 2, ("q_proj", "v_proj")), everything(base)
+    for half in (False, True):
+        seconds = measure({"loraforge": small, "PEFT": full}, partial(step, tokens=tokens, half=half), rounds)
+        state = {"loraforge": held(small), "PEFT": held(full)}
+        file = _bytes(base.parameters()) / _bytes(small.parameters)
+        name = "bfloat16 autocast" if half else "float32"
+        print(f"{name:20}{_pair(seconds, 1e3)}  {_pair(state, 1e-6)}{f'1/{file:.0f}':>9}")
     return 0
+
+
+def everything(model: Any) -> Contender:  # noqa: ANN401 - as above
+    """Train all weights."""
+    parameters = list(model.parameters())
+    return Contender(model, parameters, torch.optim.AdamW(parameters, lr=1e-5, fused=True))
+
+
+def held(one: Contender) -> int:
+    """Return the bytes of weights, gradients and moments."""
+    return _bytes(one.model.parameters()) + 3 * _bytes(one.parameters)
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() * parameter.itemsize for parameter in parameters)
 
 
 def _pair(of: Mapping[str, float], unit: float) -> str:
@@ -81,9 +108,9 @@ def make_base() -> Any:  # noqa: ANN401 - transformers' models have no types her
     return LlamaForCausalLM(config).train()
 
 
-def ours(model: Any) -> Contender:  # noqa: ANN401 - as above
+def ours(model: Any, rank: int = RANK, targets: str | tuple[str, ...] = "all-linear") -> Contender:  # noqa: ANN401 - as above
     """Put our adapter into a model."""
-    config = LoraConfig(rank=RANK, alpha=2 * RANK, targets="all-linear", dropout=RATE)
+    config = LoraConfig(rank=rank, alpha=2 * rank, targets=targets, dropout=RATE)
     parameters = list(inject(model, config).parameters().values())
     return Contender(model, parameters, torch.optim.AdamW(parameters, lr=1e-4, fused=True))
 
