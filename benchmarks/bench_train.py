@@ -4,8 +4,8 @@ One Llama (512 wide, 6 layers) with random weights, all-linear, rank 8, dropout 
 under bfloat16 autocast: forward, backward and, in the last column, torch's AdamW as each of the two would use it
 (ours fused). One thread, CPU time of the thread, the two in turns, the least of the rounds.
 
-Then the same model with rank 4 on q and v, as in the LoRA paper, beside full fine-tuning with fused AdamW: the time of a
-step, what training holds (weights, gradients, moments) and the file that comes out.
+Then the same model with rank 4 on q and v, as in the LoRA paper, beside full fine-tuning with fused AdamW: the time of
+a step, what training holds (weights, gradients, moments) and the file that comes out.
 
 To reach: at most 0.9 times PEFT's time, at most 0.85 times what PEFT keeps; against full fine-tuning 1.25 times faster,
 3 times less held, a file 100 times smaller.
