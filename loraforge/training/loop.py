@@ -75,10 +75,11 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
 
     ``batches`` are micro-batches, read again for each epoch: mappings of keyword arguments, tuples, or tensors.
     ``valid`` are those of the evaluation, after which the best adapter is returned instead of the last. ``adapter`` is
-    one to train on from. In the directory ``run`` checkpoints and metrics are kept; with ``resume`` the run goes on
-    from the last one, to the bits it would have had without a break; ``inputs`` are texts and numbers that name model
-    and data, which must then be the same. ``count`` says how many labels the mean in the
-    loss of a batch is over. ``should_stop`` is asked after each step; a run that stops saves first.
+    one to train on from; its targets, ranks and scales then count, not those of ``config``. In the directory ``run``
+    checkpoints and metrics are kept; with ``resume`` the run goes on from the last one, to the bits it would have had
+    without a break; ``inputs`` are texts and numbers that name model and data, which must then be the same. ``count``
+    says how many labels the mean in the loss of a batch is over. ``should_stop`` is asked after each step; a run that
+    stops saves first.
 
     Where ``torch.distributed`` is set up, each process takes ``grad_accum`` of a window's micro-batches, and the first
     one writes; the adapter is then that of one process with as many more.
@@ -87,7 +88,8 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
 
     Raises:
         TargetError: the modules cannot be adapted as asked.
-        TrainingError: the run cannot start, or a loss, gradient or factor is not finite: nothing of that is saved.
+        TrainingError: the run cannot start, or a trained tensor got no gradient.
+        NumericalError: a loss, gradient or factor is not finite: nothing of that is saved.
     """
     config = config or TrainConfig()
     plan = make_plan(batches, config)

@@ -1,6 +1,7 @@
 """The loop: fifty steps are PEFT's in a plain loop, schedules are transformers', windows are the full batch."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_schedules_are_those_of_transformers(warmup):
             assert rate(ours, step, 40, warmup) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
             optimizer.step()
             schedule.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "olora"}], ids=["lora", "dora", "olora"])
+def test_gradient_checkpointing_changes_nothing(options):
+    batches = [ragged(4, seed=seed) for seed in range(5)]
+    config = TrainConfig(rank=4, lr=1e-2, dropout=0.2, **options)
+    plain, again = (train(llama(), batches, replace(config, grad_checkpoint=on)) for on in (False, True))
+    for name, pair in plain.targets.items():
+        assert torch.allclose(pair.delta(), again.targets[name].delta(), rtol=1e-4, atol=1e-7), name
 
 
 def test_what_is_trained_is_loaded_by_peft_and_computes_the_same(tmp_path):

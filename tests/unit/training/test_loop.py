@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 
 import loraforge as lf
 from loraforge.errors import NumericalError, StoreError, TargetError, TrainingError
+from loraforge.layers import LoraConfig, inject
 from loraforge.training import TrainConfig, train
 from loraforge.training.batches import Cursor, count_labels, windows
+from loraforge.training.step import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -333,6 +335,50 @@ def test_bf16_trains_too():
     losses = [metrics.loss for metrics in seen]
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
     assert {pair.a.dtype for pair in adapter.targets.values()} == {torch.float32}
+
+
+def test_evaluation_is_weighted_by_labels_and_runs_without_dropout():
+    model, rows = net(), [{key: value[None] for key, value in sample.items()} for sample in samples(9)]
+    ragged = [{key: torch.cat([row[key] for row in part]) for key in ("x", "labels")} for part in (rows[:1], rows[1:])]
+    full = {key: torch.cat([row[key] for row in rows]) for key in ("x", "labels")}
+    inject(model, LoraConfig(rank=2, dropout=0.5))
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    model.train()
+    found = evaluate(model, ragged, count_labels, None)
+    assert model.training
+    assert found == pytest.approx(float(model.eval()(**full)["loss"].detach()), rel=1e-6)
+    with pytest.raises(TrainingError, match="the validation data has no label at all"):
+        evaluate(model, [masked(full)], count_labels, None)
+
+
+class Moody(Net):
+    """Its loss is NaN in evaluation mode from the second time on."""
+
+    asked = 0
+
+    def forward(self, x, labels):
+        loss = super().forward(x, labels)["loss"]
+        self.asked += not self.training
+        return loss * math.nan if not self.training and self.asked > 1 else loss
+
+
+def moody():
+    torch.manual_seed(0)
+    return Moody()
+
+
+def test_an_evaluation_that_is_not_a_number_is_never_the_best():
+    seen, config = [], replace(CONFIG, epochs=9, schedule="constant")
+    stopped = train(moody(), batches(), replace(config, patience=2), valid=samples_once(), on_step=seen.append)
+    judged = [metrics.eval_loss for metrics in seen if metrics.eval_loss is not None]
+    assert [math.isfinite(loss) for loss in judged] == [True, False, False]
+    first = train(moody(), batches(), replace(config, max_steps=15))
+    assert lf.content_id(stopped) == lf.content_id(first)
+
+
+def samples_once():
+    return [{key: value[None] for key, value in samples(1)[0].items()}]
 
 
 def test_labels_are_counted_as_the_loss_counts_them():
