@@ -105,12 +105,17 @@ class FromBase:
         return text
 
 
-def check_vocabulary(model: Any, highest: int, tokenizer: Tokenizer) -> None:  # noqa: ANN401 - as above
-    """Refuse tokens that the model has no row for.
+def check_fits(model: Any, longest: int, highest: int, tokenizer: Tokenizer) -> None:  # noqa: ANN401 - as above
+    """Refuse tokens and positions that the model has no row for.
 
     Raises:
-        TrainingError: the highest token is beyond the embedding.
+        TrainingError: the highest token is beyond the embedding, or the longest row beyond the positions.
     """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise TrainingError(
+            f"the longest sample has {longest} tokens, the base {positions} positions: lower max-length"
+        )
     rows = model.get_input_embeddings().num_embeddings
     if highest >= rows:
         what = "bytes, since the base has no tokenizer" if isinstance(tokenizer, Bytes) else "the base's tokenizer"

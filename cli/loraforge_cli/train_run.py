@@ -29,7 +29,7 @@ from loraforge_cli.describe import describe
 from loraforge_cli.options import Session
 from loraforge_cli.output import count, emit, facts, note, size
 from loraforge_cli.summary import line
-from loraforge_cli.train_base import check_vocabulary, load_model, load_tokenizer
+from loraforge_cli.train_base import check_fits, load_model, load_tokenizer
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
 from loraforge_registry.names import DEFAULT_TAG, RefName
@@ -53,6 +53,8 @@ class Prepared:
 def prepare(settings: TrainSettings) -> Prepared:
     """Read data and base, and put them together."""
     files, valid_file = _files(settings)
+    if valid_file is not None and settings.val_split:
+        raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
     samples = read_samples(files[0])
     tokenizer = load_tokenizer(settings.base)
     counted = tokenize(samples, tokenizer, settings.max_length, settings.mask)
@@ -60,7 +62,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     if valid_file is not None:
         held_out = tokenize(read_samples(valid_file), tokenizer, settings.max_length, settings.mask).rows
     model = load_model(settings.base, settings.config.precision)
-    check_vocabulary(model, max(max(row.ids) for row in (*rows, *held_out)), tokenizer)
+    every = (*rows, *held_out)
+    check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
     dtype = next(model.parameters()).dtype if settings.pack else None
 
     def loader(chosen: Any) -> Loader:  # noqa: ANN401 - rows
@@ -135,17 +138,23 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
             seen.append(metrics)
             show_step(metrics)
 
-        adapter = train(
-            prepared.model,
-            prepared.loader,
-            settings.config,
-            valid=prepared.valid,
-            inputs=inputs,
-            run=settings.run,
-            resume=resume,
-            on_step=on_step,
-            should_stop=interrupted,
-        )
+        try:
+            adapter = train(
+                prepared.model,
+                prepared.loader,
+                settings.config,
+                valid=prepared.valid,
+                inputs=inputs,
+                run=settings.run,
+                resume=resume,
+                on_step=on_step,
+                should_stop=interrupted,
+            )
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "the device is out of memory: lower batch-size (and raise grad-accum) or max-length, or give "
+                "--grad-checkpoint"
+            ) from error
     if interrupted() and seen and seen[-1].step != total:
         _say_how_to_go_on(settings, seen[-1].step)
     if ranks.rank() > 0:

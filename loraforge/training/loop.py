@@ -92,6 +92,8 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
         NumericalError: a loss, gradient or factor is not finite: nothing of that is saved.
     """
     config = config or TrainConfig()
+    if valid is None and (config.patience, config.eval_every) != (None, None):
+        raise TrainingError("eval_every and patience are about an evaluation: give valid, the data for it")
     plan = make_plan(batches, config)
     folder = None if run is None else expand(run)
     with apart(), _placed(model, config) as device:

@@ -200,6 +200,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(base, spoken, data, run, 
     raising = make_base(tmp_path / "raising", rows=16)
     make_tokenizer(raising, template="{{ raise_exception('no system here') }}")
     (tmp_path / "empty").mkdir()
+    wide = write(tmp_path / "wide.jsonl", {"text": "a" * 70})
     cases = [
         ((), 2, "say which base"),
         (("--base", base, "--data", data), 2, "say what to call the adapter"),
@@ -214,6 +215,13 @@ def test_what_cannot_be_trained_is_refused_in_one_line(base, spoken, data, run, 
             "all 24 samples have nothing to learn",
         ),
         (("--base", base, "--data", data, "--as", "Not A Name"), 2, "Not A Name"),
+        (("--base", base, "--data", data, "--as", "x:v1", "--patience", "2"), 2, "give valid, the data for it"),
+        (("--base", base, "--data", wide, "--as", "x:v1"), 2, "has 71 tokens, the base 64 positions: lower max-length"),
+        (
+            ("--base", base, "--data", data, "--as", "x", "--valid", data, "--val-split", "0.1"),
+            2,
+            "leave --val-split out",
+        ),
         (("--base", spoken, "--data", write(tmp_path / "t", {"input_ids": [1, 99]}), "--as", "x"), 2, "has token 99"),
         (("--base", silent, "--data", chats, "--as", "x"), 2, "has no chat template"),
         (("--base", forgetful, "--data", long, "--as", "x"), 2, "changes earlier turns"),

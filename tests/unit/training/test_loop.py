@@ -288,6 +288,8 @@ def test_what_cannot_start_says_why(tmp_path):
         train(net(), batches(), replace(CONFIG, device="gpu"))
     with pytest.raises(TrainingError, match="Net has no gradient_checkpointing_enable"):
         train(net(), batches(), replace(CONFIG, grad_checkpoint=True))
+    with pytest.raises(TrainingError, match="eval_every and patience are about an evaluation"):
+        train(net(), batches(), replace(CONFIG, patience=3))
     with pytest.raises(TrainingError, match="the model has no parameters"):
         train(nn.Identity(), batches(), CONFIG)
 
