@@ -122,6 +122,20 @@ def check_fits(model: Any, longest: int, highest: int, tokenizer: Tokenizer) -> 
         raise TrainingError(f"the data has token {highest} (from {what}), the base knows {rows}: is this its data?")
 
 
+def check_packs(model: Any, longest: int) -> None:  # noqa: ANN401 - as above
+    """Refuse packing where a base's own mask is narrower than the one that keeps packed samples apart.
+
+    Raises:
+        TrainingError: a sample is longer than the base's sliding window.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and longest > window:
+        raise TrainingError(
+            f"the base looks {window} tokens back and the longest sample has {longest}: packed it would look further; "
+            f"lower max-length to {window}, or leave --pack out"
+        )
+
+
 def _transformers() -> Any:  # noqa: ANN401 - a module without types
     try:
         import transformers

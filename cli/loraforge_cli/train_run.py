@@ -29,7 +29,7 @@ from loraforge_cli.describe import describe
 from loraforge_cli.options import Session
 from loraforge_cli.output import count, emit, facts, note, size
 from loraforge_cli.summary import line
-from loraforge_cli.train_base import check_fits, load_model, load_tokenizer
+from loraforge_cli.train_base import check_fits, check_packs, load_model, load_tokenizer
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
 from loraforge_registry.names import DEFAULT_TAG, RefName
@@ -64,6 +64,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     model = load_model(settings.base, settings.config.precision)
     every = (*rows, *held_out)
     check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
+    if settings.pack:
+        check_packs(model, max(len(row.ids) for row in every))
     dtype = next(model.parameters()).dtype if settings.pack else None
 
     def loader(chosen: Any) -> Loader:  # noqa: ANN401 - rows

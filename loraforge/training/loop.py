@@ -289,15 +289,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def _checkpointing(model: nn.Module) -> Callable[[], object]:
-    if getattr(model, "is_gradient_checkpointing", False):
-        return lambda: None
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise TrainingError(f"{type(model).__name__} has no gradient_checkpointing_enable; leave grad_checkpoint out")
-    # reentrant checkpoints lose the gradients of what is behind a frozen input
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    disable: Callable[[], object] = model.gradient_checkpointing_disable  # type: ignore[assignment]
-    return disable
+    """Let a model of transformers (which renamed this in version 5) compute activations again; return the undoing."""
+    for name in ("activation", "gradient"):
+        enable = getattr(model, f"{name}_checkpointing_enable", None)
+        if enable is None:
+            continue
+        if getattr(model, f"is_{name}_checkpointing", False):
+            return lambda: None
+        # reentrant checkpoints lose the gradients of what is behind a frozen input
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+        disable: Callable[[], object] = getattr(model, f"{name}_checkpointing_disable")
+        return disable
+    raise TrainingError(f"{type(model).__name__} has no gradient_checkpointing_enable; leave grad_checkpoint out")
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -41,6 +41,15 @@ def make_base(folder, rows=259):
     return folder
 
 
+def make_windowed(folder):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=259, num_key_value_heads=1, sliding_window=8, max_position_embeddings=64, **sizes)
+    MistralForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
 def make_tokenizer(folder, template=TEMPLATE):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -201,7 +210,13 @@ def test_what_cannot_be_trained_is_refused_in_one_line(base, spoken, data, run, 
     make_tokenizer(raising, template="{{ raise_exception('no system here') }}")
     (tmp_path / "empty").mkdir()
     wide = write(tmp_path / "wide.jsonl", {"text": "a" * 70})
+    windowed = make_windowed(tmp_path / "windowed")
     cases = [
+        (
+            ("--base", windowed, "--data", data, "--as", "x", "--pack"),
+            2,
+            "packed it would look further; lower max-length",
+        ),
         ((), 2, "say which base"),
         (("--base", base, "--data", data), 2, "say what to call the adapter"),
         (("--base", tmp_path / "empty", "--data", data, "--as", "x:v1"), 3, "no config.json there"),
