@@ -31,7 +31,7 @@ class Dropout:
     def mask(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return zeros and ones of the shape of ``like``, where it lies; not scaled by ``gain``."""
         count = like.numel()
-        draws = _words(math.ceil(count / 4), self.seed, like.device).view(torch.int16)[:count]
+        draws = _words(max(1, math.ceil(count / 4)), self.seed, like.device).view(torch.int16)[:count]
         kept = torch.empty(count, dtype=dtype, device=like.device)
         torch.ge(draws, self.dropped - _LEVELS // 2, out=kept)
         return kept.view(like.shape)

@@ -78,7 +78,7 @@ class LoraLinear(torch.autograd.Function):
             add_product(y, rows.to(form.lora) @ a0.T, b0.T, -form.scale)
         ctx.save_for_backward(x, w, a, b, u)
         ctx.form, ctx.start = form, start
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
     @once_differentiable

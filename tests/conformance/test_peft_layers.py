@@ -9,9 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import loraforge as lf
+from loraforge.errors import TargetError
 from loraforge.layers import LoraConfig, attach, inject
 from loraforge.layers import dropout as masks
-from tests.conformance.peft_cases import make
+from tests.conformance.peft_cases import CASES, lora_layers, make, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own remarks about its layers
 
@@ -297,3 +298,46 @@ def test_an_adapter_attached_is_the_adapter_exported(kind, option):
     used = attach(other, half, trainable=False)
     assert not any(parameter.requires_grad for parameter in other.parameters())
     assert lf.content_id(used.adapter()) == lf.content_id(half)
+
+
+REFUSED = {"trainable_tokens", "trainable_tokens_tied", "everything_along", "tied_and_ensured"}
+"""Trained rows of the base's embedding, and a target whose weight another module has too."""
+
+
+def example(module):
+    """An input that a module takes."""
+    generator = torch.Generator().manual_seed(4)
+    if isinstance(module, nn.Embedding):
+        return torch.randint(module.num_embeddings, (3, 5), generator=generator)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return torch.randn(2, module.in_channels, *[7] * (module.weight.ndim - 2), generator=generator)
+    width = module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+    return torch.randn(3, 4, width, generator=generator)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_peft_saved_computes_in_our_layers_what_it_does_in_pefts(name, tmp_path):
+    written = write(CASES[name], tmp_path / "theirs")
+    ours, adapter = copy.deepcopy(written.base), lf.load(written.folder)
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    if name in REFUSED:
+        with pytest.raises(TargetError, match=r"rewrites weights of the base|shares its weight"):
+            attach(ours, adapter, trainable=False)
+        return
+    injected = attach(ours, adapter, trainable=False)
+    theirs = written.model.eval()
+    compared = 0
+    for path, layer in lora_layers(theirs):
+        module = ours.get_submodule(path).eval()
+        x = example(module)
+        x = x if not x.is_floating_point() else x.to(module.weight.dtype)
+        with torch.no_grad():
+            mine, other = module(x), layer(x)
+        assert mine.dtype == other.dtype
+        bound = 1e-12 if mine.dtype == torch.float64 else 1e-5 if mine.dtype == torch.float32 else 2e-2
+        assert float((mine.double() - other.double()).norm() / other.double().norm()) < bound, path
+        compared += 1
+    assert compared == len(adapter.targets)
+    assert lf.content_id(injected.adapter()) == lf.content_id(adapter)
+    injected.remove()
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())

@@ -13,6 +13,7 @@ from loraforge.errors import TargetError
 from loraforge.layers import LoraConfig, attach, inject
 from loraforge.layers.dropout import Dropout, draw
 from loraforge.layers.forward import weight_norm
+from loraforge.layers.linear import Form, lora_linear
 from loraforge_registry.errors import ConfigError
 
 
@@ -371,3 +372,35 @@ def test_saved_and_pushed_as_any_adapter(tmp_path):
     registry.push(adapter, "made:v1")
     assert lf.content_id(registry.load("made:v1")) == lf.content_id(adapter)
     assert lf.load(tmp_path / "out").base.name == "a/base"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("dropped", [0, 20_000])
+def test_the_hand_written_backward_is_the_derivative(bias, start, dropped):
+    torch.manual_seed(0)
+
+    def random(*shape, grad=True):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+    x, w, a, b = random(2, 3, 5), random(4, 5, grad=False), random(2, 5), random(4, 2)
+    c = random(4) if bias else None
+    first = (random(2, 5, grad=False), random(4, 2, grad=False)) if start else None
+    form = Form(0.7, Dropout(dropped, seed=9) if dropped else None, torch.float64, torch.float64)
+
+    def plain(x, a, b):
+        z = x if form.dropout is None else x * form.dropout.mask(x, x.dtype) * form.dropout.gain
+        y = nn.functional.linear(x, w, c) + 0.7 * z @ a.T @ b.T
+        return y if first is None else y - 0.7 * x @ first[0].T @ first[1].T
+
+    assert torch.allclose(lora_linear(form, x, w, c, a, b, first), plain(x, a, b), rtol=1e-12)
+    arguments = (x, a, b) if c is None else (x, a, b, c)
+    assert torch.autograd.gradcheck(lambda x, a, b, c=None: lora_linear(form, x, w, c, a, b, first), arguments)
+
+
+def test_an_empty_input_gives_gradients_of_zero():
+    """An expert that no token was sent to."""
+    base = nn.ModuleDict({"layer": nn.Linear(4, 3)})
+    injected = inject(base, LoraConfig(rank=2, targets=("layer",), dropout=0.1))
+    base["layer"](torch.zeros(0, 4)).sum().backward()
+    assert [float(p.grad.abs().sum()) for p in injected.parameters().values()] == [0.0, 0.0]
