@@ -2,6 +2,7 @@
 
 from blake3 import blake3
 
+from loraforge.adapter.mapped import discard
 from loraforge.adapter.model import Adapter
 from loraforge.adapter.tensors import dtype_name, named_tensors, raw_bytes
 from loraforge_registry import layout
@@ -19,13 +20,11 @@ def content_id(adapter: Adapter) -> Digest:
         name: layout.Target(pair.kind, pair.rank, pair.alpha, pair.rslora, pair.shape, pair.groups, {})
         for name, pair in adapter.targets.items()
     }
-    tensors = [
-        (
-            TensorEntry(key, dtype_name(tensor), tuple(tensor.shape), 0, 0),
-            Digest.from_raw("blake3", blake3(raw_bytes(tensor)).digest()),
-        )
-        for key, tensor in named_tensors(adapter).items()
-    ]
+    tensors = []
+    for key, tensor in named_tensors(adapter).items():
+        digest = Digest.from_raw("blake3", blake3(raw_bytes(tensor)).digest())
+        tensors.append((TensorEntry(key, dtype_name(tensor), tuple(tensor.shape), 0, 0), digest))
+        discard(tensor)
     return layout.content_id(layout.Layout(targets, tuple(adapter.extras), adapter.settings), tensors)
 
 

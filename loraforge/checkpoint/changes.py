@@ -12,27 +12,30 @@ are known, so any block, and any page of a file, can be computed alone.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraforge.checkpoint import exact
-from loraforge.checkpoint.exact import FORMATS, Array, Product, bits_of
+from loraforge.adapter.mapped import discard
+from loraforge.checkpoint.exact import Columns, Corrections, Product, column_norm, differences, rounded_sum
+from loraforge.checkpoint.floats import Array, round_pair
 from loraforge.checkpoint.workspace import Workspace
+from loraforge.errors import NumericalError
 
+_ENOUGH = 64  # rows of a float32 product
 ReadRows: TypeAlias = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """New values of a block; ``sums`` the float64 numbers before rounding, where there are any."""
+    """New values of a block, what the way back from them misses, and the bits of the greatest, where that is known."""
 
     values: Tensor
-    sums: Tensor | None = None
-    doubtful: Array = field(default_factory=lambda: np.arange(0))
+    back: Corrections | None = None
+    top: int | None = None
 
 
 class Change(Protocol):
@@ -49,12 +52,20 @@ class Change(Protocol):
         """See the whole original tensor once, where that is needed."""
         ...
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace) -> Outcome:
-        """Return the new values of an original block."""
+    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
+        """Return the new values of an original block; with ``back`` also what ``guess`` of them will miss."""
         ...
 
     def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
         """Return an estimate of the original of a new block, the same bits everywhere."""
+        ...
+
+    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+        """Return what the new values stand for, in float64, where they are rounded from something."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what was computed or read for this tensor; it can be had again."""
         ...
 
 
@@ -72,19 +83,40 @@ class Term:
 
 
 class LowRankSum:
-    """``sum_i c_i B_i A_i`` by rows, in float64; ``c_i B_i`` is rounded to float64 once."""
+    """``sum_i c_i B_i A_i`` by rows, in float64; ``c_i B_i`` is rounded to float64 once.
 
-    def __init__(self, terms: Sequence[Term]) -> None:
+    Nothing is read before it is needed, and all of it is let go by ``release``: a model has many of these.
+    """
+
+    def __init__(self, name: str, terms: Sequence[Term]) -> None:
+        self.name = name
         self.terms = tuple(terms)
-        self._a = torch.cat([term.columns.to(torch.float64) for term in terms]).contiguous()
-        self._a_norm = exact.column_norm(self._a)
-        norms = [abs(term.coefficient) * exact.column_norm(term.rows_factor.T) for term in terms]
-        self._b_norm = math.hypot(*norms) * (1 + 1e-9)
+        self._factors: tuple[Columns, float] | None = None
 
     def rows(self, rows: slice) -> Product:
-        """Return the product's rows."""
+        """Return the product's rows.
+
+        Raises:
+            NumericalError: the factors' norms are beyond what float64 can hold.
+        """
+        right, b_norm = self._factors = self._factors or self._read()
         b = torch.cat([term.coefficient * term.rows_factor[rows].to(torch.float64) for term in self.terms], dim=1)
-        return Product(b.contiguous(), self._a, self._a_norm, self._b_norm)
+        return Product(b.contiguous(), right, b_norm)
+
+    def release(self) -> None:
+        """Forget the factors."""
+        self._factors = None
+        for term in self.terms:
+            discard(term.rows_factor)
+            discard(term.columns)
+
+    def _read(self) -> tuple[Columns, float]:
+        right = Columns(torch.cat([term.columns.to(torch.float64) for term in self.terms]))
+        norms = [abs(term.coefficient) * column_norm(term.rows_factor.T) for term in self.terms]
+        b_norm = math.hypot(*norms) * (1 + 1e-9)
+        if not math.isfinite(right.norm * b_norm):
+            raise NumericalError(f"the update of {self.name!r} is beyond what float64 can hold")
+        return right, b_norm
 
 
 @dataclass
@@ -98,61 +130,39 @@ class Sum:
     def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
         """Do nothing: every element stands alone."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace) -> Outcome:
+    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
         """Return ``RN(W + dW)``."""
-        wide = space("wide", torch.float64, tuple(block.shape)).copy_(block)
-        found = exact.rounded_sum(wide, self.delta.rows(rows), block.dtype, space)
-        return Outcome(found.values, found.sums, found.doubtful)
+        found = rounded_sum(block, self.delta.rows(rows), block.dtype, space, back=back)
+        return Outcome(found.values, found.back, found.top)
 
     def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
         """Return ``RN(W' - dW)``."""
-        wide = space("wide", torch.float64, tuple(block.shape)).copy_(block)
-        return exact.rounded_sum(wide, self.delta.rows(rows).negated(), block.dtype, space).values
+        return rounded_sum(block, self.delta.rows(rows).negated(), block.dtype, space).values
 
-    def corrections(self, block: Tensor, outcome: Outcome, rows: slice) -> tuple[Array, Array]:
-        """Return where ``guess`` will differ from the original block, and by how much, without a dense guess.
+    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+        """Return ``W + dW``."""
+        product = self.delta.rows(rows)
+        return torch.addmm(block.to(torch.float64), product.b, product.right.a)
 
-        ``|W' - x| <= ulp(W')/2`` for the exact x, so ``W' - dW`` lies within half an ulp of W, and rounds to W,
-        unless W' is in a higher binade, W is a power of two (whose lower neighbour is nearer), or x was near a tie.
-        """
-        if outcome.sums is None or block.dtype == torch.float64:
-            return _differences(block, self.guess(outcome.values, rows, Workspace()))
-        kind = FORMATS[block.dtype]
-        old, new = bits_of(block).reshape(-1), bits_of(outcome.values).reshape(-1)
-        candidate = (new & kind.exponent) > (old & kind.exponent)
-        candidate |= (old & kind.mantissa) == 0
-        candidate[outcome.doubtful] = True
-        places = np.flatnonzero(candidate)
-        if not len(places):
-            return places, np.empty(0, old.dtype)
-        product = self.delta.rows(rows).negated()
-        w, w_new = (t.reshape(-1)[torch.from_numpy(places)].to(torch.float64).numpy() for t in (block, outcome.values))
-        sums = outcome.sums.numpy().reshape(-1)[places]
-        size = np.abs(w) + np.abs(w_new) + np.abs(sums)
-        near = exact.Estimate(w + (w_new - sums), product.error + 4 * product.gamma * size)
-        guessed = bits_of(exact.settle(outcome.values, product, places, near, block.dtype))
-        differences = exact.ordered(old[places]) - exact.ordered(guessed)
-        kept = np.flatnonzero(differences)
-        return places[kept], differences[kept]
+    def release(self) -> None:
+        """Forget the factors."""
+        self.delta.release()
 
 
 @dataclass
 class SumInTurn(Sum):
     """PEFT's arithmetic: each update in float32, added and rounded one after the other."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace) -> Outcome:  # noqa: ARG002 - no scratch needed
+    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
         """Return what ``merge_adapter`` of PEFT leaves, to the bit: ``W += (B @ A) * scale`` for each adapter."""
         values = block.clone()
         for term in self.delta.terms:
-            left, right = term.rows_factor[rows].float(), term.columns.float()
+            # of few rows a BLAS makes a product by another kernel, with other bits than in the whole
+            first = max(0, min(rows.start, rows.stop - _ENOUGH))
+            left, right = term.rows_factor[first : rows.stop].float(), term.columns.float()
             delta = (right.T @ left.T).T if term.flipped else left @ right
-            values += delta * term.coefficient
-        product = self.delta.rows(rows)
-        return Outcome(values, torch.addmm(block.to(torch.float64), product.b, product.a))
-
-    def corrections(self, block: Tensor, outcome: Outcome, rows: slice) -> tuple[Array, Array]:
-        """Return where the exact way back differs from the original block."""
-        return _differences(block, self.guess(outcome.values, rows, Workspace()))
+            values += delta[rows.start - first :] * term.coefficient
+        return Outcome(values, differences(block, self.guess(values, rows, space)) if back else None)
 
 
 @dataclass
@@ -189,21 +199,31 @@ class Dora:
         norms = torch.from_numpy(np.sqrt(np.concatenate(parts) if self.by_row else _tree_sum(np.stack(parts))))
         self.factor = (self.magnitude.to(torch.float64).reshape(-1) / norms).to(torch.float32)
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace) -> Outcome:
+    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
         """Return ``RN(f T)``."""
-        sums = self._total(block, rows, space).to(torch.float64) * self._factor(rows)
-        return Outcome(_rounded(sums, block.dtype), sums)
+        values = _rounded(self._scaled(block, rows, space), block.dtype)
+        return Outcome(values, differences(block, self.guess(values, rows, space)) if back else None)
 
     def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
         """Return ``RN(g W' - dW)`` with ``g = RN32(1 / f)``; the product is exact in float64."""
         inverse = (1 / self._factor(rows)).to(torch.float32).to(torch.float64)
         wide = torch.nan_to_num(block.to(torch.float64) * inverse, posinf=0, neginf=0)
-        return exact.rounded_sum(wide, self.delta.rows(rows).negated(), block.dtype, space).values
+        return rounded_sum(wide, self.delta.rows(rows).negated(), block.dtype, space).values
+
+    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+        """Return ``f T``."""
+        return self._scaled(block, rows, Workspace())
+
+    def release(self) -> None:
+        """Forget the factors of the update; those of the norms stay, for the receipt."""
+        self.delta.release()
+
+    def _scaled(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
+        return self._total(block, rows, space).to(torch.float64) * self._factor(rows)
 
     def _total(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
         between = torch.float64 if block.dtype == torch.float64 else torch.float32
-        wide = space("wide", torch.float64, tuple(block.shape)).copy_(block)
-        return exact.rounded_sum(wide, self.delta.rows(rows), between, space).values
+        return rounded_sum(block, self.delta.rows(rows), between, space).values
 
     def _factor(self, rows: slice) -> Tensor:
         assert self.factor is not None, "prepare() or load() comes first"  # noqa: S101 - an order of calls, not input
@@ -222,13 +242,21 @@ class Replaced:
     def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
         """Do nothing."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace) -> Outcome:  # noqa: ARG002 - nothing to compute
+    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:  # noqa: ARG002 - nothing to compute
         """Return the adapter's values."""
-        return Outcome(self.values[rows].to(block.dtype).contiguous())
+        values = self.values[rows].to(block.dtype).contiguous()
+        return Outcome(values, differences(block, values) if back else None)
 
     def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:  # noqa: ARG002 - nothing to compute
         """Return the new values: a trained tensor is near the one it began as."""
         return block
+
+    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+        """Return nothing: these values are what they are."""
+
+    def release(self) -> None:
+        """Let go of the values."""
+        discard(self.values)
 
 
 @dataclass
@@ -243,42 +271,29 @@ class Rows:
     def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
         """Do nothing."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace) -> Outcome:  # noqa: ARG002 - nothing to compute
+    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:  # noqa: ARG002 - nothing to compute
         """Return the block with its trained rows."""
         new = block.clone()
         for row, place in self.places.items():
             if rows.start <= row < rows.stop:
                 new[row - rows.start] = self.values[place].to(block.dtype)
-        return Outcome(new)
+        return Outcome(new, differences(block, new) if back else None)
 
     def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:  # noqa: ARG002 - nothing to compute
         """Return the new values."""
         return block
 
+    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+        """Return nothing: these values are what they are."""
 
-def corrections(change: Change, block: Tensor, outcome: Outcome, rows: slice) -> tuple[Array, Array]:
-    """Return where ``change.guess`` differs from the original block, as places in it and ordered differences."""
-    if isinstance(change, Sum):
-        return change.corrections(block, outcome, rows)
-    return _differences(block, change.guess(outcome.values, rows, Workspace()))
-
-
-def corrected(guess: Tensor, places: Array, differences: Array) -> Tensor:
-    """Put corrections onto a guess: the inverse of ``corrections``."""
-    bits = bits_of(guess).reshape(-1)
-    bits[places] = exact.ordered(exact.ordered(bits[places]) + differences)
-    return guess
-
-
-def _differences(block: Tensor, guess: Tensor) -> tuple[Array, Array]:
-    old, guessed = bits_of(block).reshape(-1), bits_of(guess).reshape(-1)
-    places = np.flatnonzero(old != guessed)
-    return places, exact.ordered(old[places]) - exact.ordered(guessed[places])
+    def release(self) -> None:
+        """Let go of the values."""
+        discard(self.values)
 
 
 def _rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
     flat = sums.numpy().reshape(-1)
-    return exact.round_pair(flat, np.zeros_like(flat), dtype).view(sums.shape)
+    return round_pair(flat, np.zeros_like(flat), dtype).view(sums.shape)
 
 
 def _tree_sum(squares: Array) -> Array:

@@ -19,18 +19,20 @@ from blake3 import blake3
 from torch import Tensor
 
 from loraforge.adapter import DTYPES
-from loraforge.checkpoint.changes import Change, Outcome, corrected, corrections
-from loraforge.checkpoint.exact import FORMATS, bits_of
+from loraforge.checkpoint.changes import Change, Outcome
+from loraforge.checkpoint.exact import corrected
+from loraforge.checkpoint.floats import FORMATS, bits_of, largest_bits
 from loraforge.checkpoint.reader import Checkpoint, TensorAt
 from loraforge.checkpoint.residual import Residual, ResidualWriter
 from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import NumericalError
 from loraforge_registry.digest import Digest
 
-BLOCK = 262_144  # elements: few enough for a core's cache, enough that Python's part is small beside the arithmetic
-MEASURED = 8  # blocks of a tensor, evenly spread, on whose first elements fidelity is measured
-SAMPLE = 32_768  # how many of a block's elements
+BLOCK = 1 << 20  # elements: what a thread holds, and hands to the kernel, at a time
+MEASURED = 3  # blocks of a tensor, evenly spread, in which fidelity is measured
+SAMPLE = 8192  # elements of such a block, in rows evenly spread
 MAX_WORKERS = 4
+_PIECE = 2 << 20  # bytes
 
 Write: TypeAlias = Callable[[TensorAt, int, memoryview], None]
 """Takes (tensor, byte offset in it, bytes)."""
@@ -46,11 +48,16 @@ class Undo:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tensor: read; with ``undo`` taken back to its original; with ``change`` changed from there."""
+    """One tensor: with ``undo`` taken back to its original, with ``change`` changed from there; or left as it is."""
 
     tensor: TensorAt
     change: Change | None = None
     undo: Undo | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is only looked at, or copied."""
+        return self.change is None and self.undo is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +109,16 @@ def run_jobs(
     jobs: Sequence[Job],
     write: Write | None,
     *,
+    copy: Callable[[TensorAt], None] | None = None,
     hashed: bool = True,
     sampled: bool = False,
     checked: bool = True,
 ) -> Iterator[Done]:
     """Do every job, the largest first; yield each as it ends.
 
-    Without ``hashed`` there are no digests and no undo records; ``sampled`` does only the blocks that are measured;
-    without ``checked`` infinities pass (some of what is read may be pages that are done already).
+    ``write`` takes what becomes of a tensor that changes, ``copy`` copies one that stays as it is. Without ``hashed``
+    there are no digests and no undo records; ``sampled`` does only the blocks that are measured; without ``checked``
+    infinities pass (some of what is read may be pages that are done already).
 
     Cost: one pass over the tensors; memory of some blocks a thread.
 
@@ -123,7 +132,12 @@ def run_jobs(
         torch.set_num_threads(1)
         if not hasattr(spaces, "own"):
             spaces.own = Workspace()
-        return _Pass(checkpoint, job, spaces.own, hashed=hashed, checked=checked).run(write, sampled=sampled)
+        try:
+            one = _Pass(checkpoint, job, spaces.own, hashed=hashed, checked=checked)
+            return one.carry(copy) if job.stays else one.run(write, sampled=sampled)
+        finally:
+            for change in filter(None, (job.change, None if job.undo is None else job.undo.change)):
+                change.release()
 
     yield from _in_threads(run, sorted(jobs, key=lambda job: -job.tensor.nbytes))
 
@@ -185,6 +199,19 @@ class _Pass:
                 write(tensor, rows.start * self.columns * tensor.itemsize, as_bytes(values))
         return self._done()
 
+    def carry(self, copy: Callable[[TensorAt], None] | None) -> Done:
+        """Let a tensor stay as it is, of whatever type."""
+        tensor = self.job.tensor
+        if copy is not None:
+            copy(tensor)
+        if self.original is not None:
+            raw = self.space("raw", torch.uint8, (_PIECE,)).numpy().data
+            for offset in range(0, tensor.nbytes, _PIECE):
+                piece = raw[: min(_PIECE, tensor.nbytes - offset)]
+                self.checkpoint.read_into(tensor, offset, piece)
+                self.original.update(piece)
+        return self._done()
+
     def _original(self, rows: slice, read: "blake3 | None") -> Tensor:
         block = read_block(self.checkpoint, self.job.tensor, rows, self.space)
         if self.job.undo is None or self.residual is None:
@@ -192,19 +219,18 @@ class _Pass:
         _update(read, block)
         guess = self.job.undo.change.guess(block, rows, self.space)
         found = self.residual.within(rows.start * self.columns, rows.stop * self.columns)
-        # out of the workspace, which the change uses next
-        return corrected(guess, *found).clone()
+        return corrected(guess, found).clone()  # out of the workspace, which the change uses next
 
     def _changed(self, change: Change, block: Tensor, rows: slice, *, measured: bool) -> Tensor:
-        outcome = change.forward(block, rows, self.space)
+        outcome = change.forward(block, rows, self.space, back=self.result is not None)
         if self.checked:
-            _check_finite(self.job.tensor, block, outcome.values, rows)
+            _check_finite(self.job.tensor, block, outcome, rows)
         if measured:
-            self.fidelity += _fidelity(block, outcome)
-        if self.result is not None:
-            self.result.update(as_bytes(outcome.values))
-            places, differences = corrections(change, block, outcome, rows)
-            self.record.add(places + rows.start * self.columns, differences)
+            self.fidelity += _fidelity(change, block, outcome.values, rows)
+        _update(self.result, outcome.values)
+        if outcome.back is not None:
+            places, units = outcome.back
+            self.record.add(places + rows.start * self.columns, units)
         return outcome.values
 
     def _done(self) -> Done:
@@ -230,14 +256,14 @@ def _digest(hasher: "blake3 | None") -> Digest | None:
     return None if hasher is None else Digest.from_raw("blake3", hasher.digest())
 
 
-def _check_finite(tensor: TensorAt, block: Tensor, values: Tensor, rows: slice) -> None:
+def _check_finite(tensor: TensorAt, block: Tensor, outcome: Outcome, rows: slice) -> None:
+    values = outcome.values
     kind = FORMATS.get(values.dtype)
     if kind is None or not values.numel():
         return
-    bits = bits_of(values)
-    if int((bits & kind.magnitude).max()) < kind.exponent:
+    if (largest_bits(values) if outcome.top is None else outcome.top) < kind.exponent:
         return
-    row, column = (int(i) for i in np.argwhere((bits & kind.exponent) == kind.exponent)[0])
+    row, column = (int(i) for i in np.argwhere((bits_of(values) & kind.exponent) == kind.exponent)[0])
     before, after = float(block[row, column]), float(values[row, column])
     index = list(np.unravel_index((rows.start + row) * values.shape[1] + column, tensor.entry.shape or (1,)))
     where = f"tensor {tensor.entry.name!r} at {[int(i) for i in index]}"
@@ -246,17 +272,20 @@ def _check_finite(tensor: TensorAt, block: Tensor, values: Tensor, rows: slice) 
     raise NumericalError(f"{where}: {before:g} would become {after}, beyond what {tensor.entry.dtype} can hold")
 
 
-def _fidelity(block: Tensor, outcome: Outcome) -> Fidelity:
-    old, new = block.reshape(-1)[:SAMPLE], outcome.values.reshape(-1)[:SAMPLE]
+def _fidelity(change: Change, block: Tensor, values: Tensor, rows: slice) -> Fidelity:
+    """Measure how a block fared on some of its rows, evenly spread."""
+    step = -(-block.numel() // SAMPLE)
+    old, new = block[::step], values[::step]
     changed = int(np.count_nonzero(bits_of(old) != bits_of(new)))
-    if outcome.sums is None:
-        return Fidelity(changed=changed, measured=len(old))
-    sums = outcome.sums.reshape(-1)[:SAMPLE]
-    return Fidelity(_square(sums - old), _square(sums - new), changed, len(old))
+    target = change.target(old, slice(rows.start, rows.stop, step))
+    if target is None:
+        return Fidelity(changed=changed, measured=old.numel())
+    return Fidelity(_square(target - old), _square(target - new), changed, old.numel())
 
 
 def _square(numbers: Tensor) -> float:
-    return float(torch.dot(numbers, numbers))
+    flat = numbers.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 @contextmanager

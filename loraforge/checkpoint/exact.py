@@ -1,119 +1,96 @@
 r"""``P + B A`` rounded once, correctly: the same bits on every machine, device and number of threads.
 
 Equation: ``out_ij = RN(p_ij + sum_k b_ik a_kj)``: the real number, rounded to nearest (ties to even) into the element
-type. A float64 matrix product comes close to that number, in whatever order the machine adds. Its distance is at most
+type. A matrix product comes close to that number, in whatever order the machine adds: for a sum of n terms within
 
-    |s - x| <= gamma (|p| + sum_k |b_ik| |a_kj|),   gamma = (R + 2) 2^-53 / (1 - (R + 2) 2^-53)
+    gamma_n sum |terms|,   gamma_n = n u / (1 - n u)
 
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), so wherever both ends of that interval
-round to one value, the value is proved. The few elements left are evaluated in twice the precision, in a fixed order
-(Ogita, Rump and Oishi, Accurate sum and dot product, 2005, Dot2), and rounded from there by way of round-to-odd
-(Boldo and Melquiond, 2008), which makes two roundings one. Where a real number lies within 2^-100 of a tie, relative
-to its terms, Dot2 decides, which is the same everywhere, too.
+of it (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), u the unit roundoff of the type
+it is done in. So the product is done in a type that is a little wider than the result's, float32 for 16 bits, and both
+ends of an interval that holds the real number are rounded. Where they agree, the value is proved. The few elements left
+(one in a thousand or fewer) are looked at one by one: with float64 sums and their bound, and where even that leaves
+two values, in twice the precision and a fixed order (``twofold``). Where a real number lies within 2^-100 of a tie,
+relative to its terms, that decides, which is the same everywhere, too.
+
+The way back, ``RN(W' - B A)``, is the same function. ``rounded_sum`` tells in passing where it will miss.
 """
 
-import functools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array: TypeAlias = npt.NDArray[Any]
-Allocate: TypeAlias = Callable[[str, torch.dtype, tuple[int, ...]], Tensor]
+from loraforge.checkpoint import fused
+from loraforge.checkpoint.floats import FORMATS, Allocate, Array, bits_of, largest, largest_bits, ordered, round_once
+from loraforge.checkpoint.twofold import dot_at
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_UNIT = 2.0**-53
-_SPLIT = 2.0**27 + 1  # Dekker's constant for float64
+Corrections: TypeAlias = tuple[Array, Array]
+"""Ascending flat places, and what to add to the ordered bits there."""
 
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A floating-point element type, seen as integers of its width."""
-
-    magnitude: int
-    exponent: int
-    mantissa: int
+CHUNK = 131_072  # elements: their five buffers stay in a core's second cache, and Python's part is small beside them
+_GATHERED = 1 << 20  # elements of factors that are gathered at a time
+_NOWHERE = np.empty(0, np.int64)
+_WORDS = 8  # bytes that are compared at a time
+_FAR = 2.0**120  # float32 holds what is below, and sums of it
+_UNIT, _LEAST = 2.0**-53, 2.0**-1060
 
 
-FORMATS = {
-    torch.bfloat16: Format(0x7FFF, 0x7F80, 0x007F),
-    torch.float16: Format(0x7FFF, 0x7C00, 0x03FF),
-    torch.float32: Format(0x7FFF_FFFF, 0x7F80_0000, 0x007F_FFFF),
-    torch.float64: Format((1 << 63) - 1, 0x7FF << 52, (1 << 52) - 1),
-}
+class Columns:
+    """The right factor of products, (R, n) in float64, and what is computed of it once for all rows."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a = a.to(torch.float64).contiguous()
+        self.norm = column_norm(self.a)
+        self._as: dict[torch.dtype, Tensor] = {torch.float64: self.a}
+
+    def to(self, wide: torch.dtype) -> Tensor:
+        """Return it in another type."""
+        if wide not in self._as:
+            self._as[wide] = self.a.to(wide)
+        return self._as[wide]
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``B A`` of some rows, in float64: b (rows, R), a (R, n).
-
-    ``a_norm`` bounds the norms of a's columns, ``b_norm`` those of b's rows; without it they are looked at.
-    """
+    """``B A`` of some rows: b (rows, R) float64. ``b_norm`` bounds the norms of b's rows."""
 
     b: Tensor
-    a: Tensor
-    a_norm: float
-    b_norm: float | None = None
+    right: Columns
+    b_norm: float
 
     @property
-    def gamma(self) -> float:
-        """The relative error of a sum of this many products in float64, in any order."""
-        n = self.a.shape[0] + 2
-        return n * _UNIT / (1 - n * _UNIT)
+    def reach(self) -> float:
+        """What no ``sum_k |b_ik| |a_kj|`` is above (Cauchy, Schwarz)."""
+        return self.b_norm * self.right.norm
 
-    @property
-    def error(self) -> float:
-        """What of the error of a sum does not shrink with the sum: ``2 gamma max|b_i| max|a_j|`` (Cauchy, Schwarz)."""
-        b_norm = column_norm(self.b.T) if self.b_norm is None else self.b_norm
-        return 2.1 * self.gamma * b_norm * self.a_norm
+    def gamma(self, unit: float, more: int) -> float:
+        """The relative error of a sum of R + ``more`` terms in any order."""
+        n = self.b.shape[1] + more
+        return n * unit / (1 - n * unit)
+
+    def of(self, rows: slice) -> "Product":
+        """Return the product of some of the rows."""
+        return Product(self.b[rows], self.right, self.b_norm)
 
     def negated(self) -> "Product":
         """Return ``-B A``."""
-        return Product(-self.b, self.a, self.a_norm, self.b_norm)
+        return Product(-self.b, self.right, self.b_norm)
 
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """``values`` is the result, ``sums`` the float64 sums it came from, ``doubtful`` where those did not decide."""
+    """``values`` is the result, and ``top`` the bits of the greatest magnitude in it.
+
+    ``back`` is what to add to ``rounded_sum`` of the values and the negated product to have P again, where that was
+    asked for.
+    """
 
     values: Tensor
-    sums: Tensor
-    doubtful: Array
-
-
-def column_norm(a: Tensor) -> float:
-    """Return a bound of the norms of the columns of a (R, n), for ``Product``."""
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return float(torch.linalg.vector_norm(a, dim=0, dtype=wide).max()) * (1 + 1e-4) if a.numel() else 0.0
-
-
-def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Allocate) -> Rounded:
-    """Return ``P + B A``, rounded once into ``dtype``.
-
-    Shapes: p (rows, n) float64 -> (rows, n); the result lives in ``allocate``'s buffers.
-    Numerics: correct rounding of the real number (see the module); NaN and infinity pass through.
-    Cost: a float64 matrix product, and about ten passes over the block.
-    """
-    shape = (p.shape[0], p.shape[1])
-    sums = torch.addmm(p, product.b, product.a, out=allocate("sums", torch.float64, shape))
-    if dtype == torch.float64:
-        p_array = p.numpy()
-        pairs = ((b[:, None], a[None, :]) for b, a in zip(product.b.numpy().T, product.a.numpy(), strict=True))
-        values = torch.from_numpy(_with_sign_of(_dot2(p_array, pairs)[0], p_array))
-        return Rounded(values, sums, np.arange(0))
-    high, suspects = _interval(sums, product, dtype, allocate)
-    doubtful = np.flatnonzero(suspects)
-    if len(doubtful):
-        found = sums.numpy().reshape(-1)[doubtful]
-        error = product.error + 4 * product.gamma * np.abs(found)
-        settled = settle(p, product, doubtful, Estimate(found, error), dtype)
-        bits_of(high).reshape(-1)[doubtful] = bits_of(settled)
-    return Rounded(high, sums, doubtful)
+    top: int
+    back: Corrections | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,149 +98,232 @@ class Estimate:
     """Real numbers known to lie within ``error`` of float64 ``values``."""
 
     values: Array
-    error: Array
+    error: "Array | float"
 
 
-def settle(p: Tensor, product: Product, places: Array, near: Estimate, dtype: torch.dtype) -> Tensor:
-    """Return the elements of ``P + B A`` at flat ``places`` (k,), rounded once, from what they are known to be near.
+def column_norm(a: Tensor) -> float:
+    """Return a bound of the norms of the columns of a (R, n)."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(a, dim=0, dtype=wide).max()) * (1 + 1e-4) if a.numel() else 0.0
+
+
+def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Allocate, *, back: bool = False) -> Rounded:
+    """Return ``P + B A``, rounded once into ``dtype``; with ``back`` (P is of that type) also the way back to P.
+
+    Shapes: p (rows, n), of any float type -> (rows, n); the result lives in ``allocate``'s buffers.
+    Numerics: correct rounding of the real number (see the module); NaN and infinity pass through.
+    Cost: a matrix product and some passes over the block, nearly all in a core's cache; with ``back`` also some fifty
+        operations for one or two elements of a hundred.
+    """
+    values = allocate("values", dtype, (p.shape[0], p.shape[1]))
+    if not p.numel():
+        return Rounded(values, 0, differences(p.to(dtype), values))
+    if product.reach == 0 and p.dtype == dtype:
+        values.copy_(p)
+        return Rounded(values, largest_bits(values), differences(p, values))
+    if dtype == torch.float64:
+        return _rounded_twofold(p, product, values, back=back)
+    if fused.AVAILABLE and {p.dtype, dtype} == {torch.bfloat16} and product.reach < _FAR and p.shape[1] % 4 == 0:
+        return _fused_sum(p, product, values, allocate, back=back)
+    wide, radius = _interval(p, product, dtype)
+    found = [_ends(p[rows], product.of(rows), radius, wide, values[rows], allocate, back=back) for rows in _chunks(p)]
+    starts = [rows.start * p.shape[1] for rows in _chunks(p)]
+    doubtful = np.concatenate([ends.doubtful + start for ends, start in zip(found, starts, strict=True)])
+    bits_of(values).reshape(-1)[doubtful] = bits_of(settle(p, product, doubtful, dtype))
+    if not back:
+        return Rounded(values, largest_bits(values))
+    crossed = np.concatenate([ends.crossed + start for ends, start in zip(found, starts, strict=True)])
+    # what was computed at a place is within twice the radius of the real number, and what follows rounds in float64
+    near = Estimate(np.concatenate([ends.lower for ends in found]) + radius, 4 * radius)
+    return Rounded(values, largest_bits(values), _way_back(p, values, product, crossed, near))
+
+
+def _fused_sum(p: Tensor, product: Product, values: Tensor, allocate: Allocate, *, back: bool) -> Rounded:
+    """Do the same in one pass; what that leaves unproved is settled, and the way back from there found, as ever."""
+    radius = 1.05 * (product.gamma(2.0**-24, 5) * product.reach + _lost(product, torch.float32))
+    sums, factors = _product(product, torch.float32, allocate), (product.b, product.right.a)
+    found = fused.one_pass(p, sums, radius, values, factors, product.gamma(_UNIT, 2), allocate, back=back)
+    corrections = found.places, found.units
+    if len(found.unproved):
+        settled = settle(p, product, found.unproved, values.dtype)
+        bits_of(values).reshape(-1)[found.unproved] = bits_of(settled)
+        corrections = _merged(corrections, _way_back(p, values, product, found.unproved)) if back else corrections
+    return Rounded(values, found.top, corrections if back else None)
+
+
+def settle(p: Tensor, product: Product, places: Array, dtype: torch.dtype, near: Estimate | None = None) -> Tensor:
+    """Return the elements of ``P + B A`` at flat ``places`` (k,), rounded once; ``near`` is what is known of them.
 
     Shapes: p (rows, n), of any float type.
 
-    Cost: some twenty operations for each place; about 20 R more for one that rounds to another value at the other
-        end of its estimate.
+    Cost: some twenty operations for each place that ``near`` proves, 5 R more for one that it does not, and 20 R for
+        one that float64 does not prove.
     """
-    ends = np.concatenate((near.values - near.error, near.values + near.error))
-    both = _round(ends, dtype)
-    low, high = both[: len(places)], both[len(places) :]
-    # zeros are never proved: whose sign they keep is seen in the terms
-    open_ = np.flatnonzero((bits_of(low) != bits_of(high)) | (near.values == 0))
-    if len(open_):
-        rows, columns = np.divmod(places[open_], p.shape[1])
-        base = p.reshape(-1)[torch.from_numpy(places[open_])].to(torch.float64).numpy()
-        settled = dot_at(base, product.b.numpy()[rows].T, product.a.numpy()[:, columns], dtype)
-        bits_of(low)[open_] = bits_of(settled)
-    return low
-
-
-def dot_at(p: Array, b: Array, a: Array, dtype: torch.dtype) -> Tensor:
-    """Return ``p + sum_k b_k a_k``, rounded once into ``dtype``.
-
-    Shapes: p (k,), b and a (R, k), all float64.
-    """
-    high, low = _dot2(p, zip(b, a, strict=True))
-    rounded = round_pair(high, low, dtype)
-    zero = np.flatnonzero((high == 0) & (p == 0))  # nothing was added: the base's zero keeps its sign
-    if len(zero):
-        rounded[torch.from_numpy(zero)] = torch.from_numpy(p[zero]).to(dtype)
-    return rounded
-
-
-def round_pair(high: Array, low: Array, dtype: torch.dtype) -> Tensor:
-    """Round ``high + low`` (float64, |low| at most half an ulp of high) once into ``dtype``.
-
-    Numerics: into a shorter type by round-to-odd on the way, so that the last rounding sees on which side of a tie
-        the number lies.
-    """
-    return torch.from_numpy(high) if dtype == torch.float64 else _round(_to_odd(high, low), dtype)
-
-
-def _round(values: Array, dtype: torch.dtype) -> Tensor:
-    """Round float64 numbers once into a shorter type; torch would go through float32, and round twice."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        single = values.astype(np.float32)
-        if dtype == torch.float32:
-            return torch.from_numpy(single)
-        return torch.from_numpy(_to_odd(single, values - single)).to(dtype)
-
-
-def ordered(bits: Array) -> Array:
-    """Map bits seen as signed integers so that neighbours are one apart, through zero, too; its own inverse."""
-    return np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
-
-
-def bits_of(values: Tensor) -> Array:
-    """Return a tensor's bits as signed integers of its width, without a copy."""
-    return np.asarray(values.view(_INTEGERS[values.itemsize]).numpy())
-
-
-def _interval(sums: Tensor, product: Product, dtype: torch.dtype, allocate: Allocate) -> tuple[Tensor, Array]:
-    """Round both ends of an interval that holds the real number; return one, and where they are not proved equal.
-
-    The interval is ``s (1 +- delta)``: delta covers what of the error shrinks with s, and what does not is smaller
-    than that wherever ``|s| >= least``.
-    """
-    shape = (sums.shape[0], sums.shape[1])
-    if dtype == torch.float32:
-        work = sums
-        delta = max(2.0**-42, 4 * product.gamma)
-        least = 2 * (product.error + 2.0**-1060) / delta
-    else:  # through float32, whose own rounding (2^-24) delta covers as well
-        work = allocate("single", torch.float32, shape).copy_(sums)
-        delta = 2.0**-21
-        least = (product.error + 2.0**-148) * 2.0**22
-    scaled = allocate("scaled", work.dtype, shape)
-    high = allocate("high", dtype, shape).copy_(torch.mul(work, 1 + delta, out=scaled))
-    low = allocate("low", dtype, shape).copy_(torch.mul(work, 1 - delta, out=scaled))
-    high_bits, low_bits = bits_of(high), bits_of(low)
-    suspects = allocate("suspects", torch.bool, shape).numpy()
-    small = allocate("small", torch.bool, shape).numpy()
-    np.not_equal(high_bits, low_bits, out=suspects)
-    np.bitwise_and(high_bits, FORMATS[dtype].magnitude, out=low_bits)  # low has done its work
-    np.logical_or(suspects, np.less(low_bits, _bits_above(least, dtype), out=small), out=suspects)
-    return high, suspects.reshape(-1)
-
-
-@functools.lru_cache(maxsize=1024)
-def _bits_above(value: float, dtype: torch.dtype) -> int:
-    """The bits of a number of ``dtype`` that is greater than ``value``."""
-    nearest = int(bits_of(torch.tensor([value], dtype=torch.float64).to(dtype))[0])
-    return min(nearest + 2, FORMATS[dtype].magnitude)
-
-
-def _dot2(p: Array, pairs: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """``p + sum b_k a_k`` as a sum of two float64, each operation by itself: no order is left to the machine."""
-    high, low = p.astype(np.float64, copy=True), np.zeros_like(p, dtype=np.float64)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for b, a in pairs:
-            product, product_error = _two_product(b, a)
-            high, error = _two_sum(high, product)
-            low = low + (error + product_error)
-        return _two_sum(high, low)
-
-
-def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
-    """Knuth: s + e = x + y exactly."""
-    s = x + y
-    t = s - x
-    return s, (x - (s - t)) + (y - t)
-
-
-def _two_product(x: Array, y: Array) -> tuple[Array, Array]:
-    """Dekker and Veltkamp: p + e = x y exactly; without a fused multiply-add, which not every machine has."""
-    p = x * y
-    x_high, x_low = _halves(x)
-    y_high, y_low = _halves(y)
-    return p, ((x_high * y_high - p) + x_high * y_low + x_low * y_high) + x_low * y_low
-
-
-def _halves(x: Array) -> tuple[Array, Array]:
-    c = _SPLIT * x
-    high = c - (c - x)
-    return high, x - high
-
-
-def _to_odd(value: Array, rest: Array) -> Array:
-    """Of the two neighbours around ``value + rest`` take the one whose last bit is 1; exact numbers stay."""
-    integer = np.int64 if value.dtype == np.float64 else np.int32
-    bits: Array = value.view(integer)
-    move = (rest != 0) & ((bits & 1) == 0) & np.isfinite(value)
-    away = np.where((rest > 0) == (value > 0), 1, -1).astype(integer)  # the next bit pattern is the next number
-    found: Array = np.where(move, bits + away, bits).view(value.dtype)
-    zero = np.flatnonzero(move & (value == 0))
-    found[zero] = np.nextafter(value[zero], np.copysign(math.inf, rest[zero]).astype(value.dtype))
+    if near is None:
+        step = max(1, _GATHERED // (product.b.shape[1] + 1))
+        parts = [_settle_some(p, product, places[i : i + step], dtype) for i in range(0, len(places), step)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+    found, unproved = _prove(near, dtype)
+    bits_of(found)[unproved] = bits_of(settle(p, product, places[unproved], dtype))
     return found
 
 
-def _with_sign_of(values: Array, p: Array) -> Array:
-    """Where nothing was added to a zero, the base's zero keeps its sign."""
-    return np.where((values == 0) & (p == 0), p, values)
+def differences(wanted: Tensor, found: Tensor) -> Corrections:
+    """Return the corrections that make ``found`` what is ``wanted``."""
+    old, guessed = bits_of(wanted).reshape(-1), bits_of(found).reshape(-1)
+    places = np.flatnonzero(old != guessed)
+    return places, ordered(old[places]) - ordered(guessed[places])
+
+
+def corrected(found: Tensor, corrections: Corrections) -> Tensor:
+    """Put corrections onto what they were made for: the inverse of ``differences``."""
+    places, units = corrections
+    bits = bits_of(found).reshape(-1)
+    bits[places] = ordered(ordered(bits[places]) + units)
+    return found
+
+
+def _chunks(p: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK // p.shape[1])
+    return (slice(first, min(first + step, p.shape[0])) for first in range(0, p.shape[0], step))
+
+
+def _interval(p: Tensor, product: Product, dtype: torch.dtype) -> tuple[torch.dtype, float]:
+    """Return the type to compute sums in, and how far they may be from the real numbers.
+
+    The product errs by gamma of its terms; adding P, adding the radius and taking it off again, and going from float64
+    to a short type by way of float32 round once each. Below the normal numbers anything may be 0.
+    """
+    reach, size = product.reach, largest(p)
+    short = dtype.itemsize == 2
+    wide = torch.float32 if short and p.itemsize == 2 and reach + size < _FAR else torch.float64
+    unit = torch.finfo(wide).eps / 2
+    last = torch.finfo(torch.float32).eps / 2 if short else unit
+    return wide, 1.05 * (product.gamma(unit, 5) * reach + 3 * last * (reach + size) + _lost(product, wide))
+
+
+def _lost(product: Product, wide: torch.dtype) -> float:
+    """What underflow may take from a sum of products."""
+    return torch.finfo(wide).tiny * (product.b.shape[1] + 8) * (1 + product.right.norm + product.b_norm)
+
+
+def _product(product: Product, wide: torch.dtype, allocate: Allocate) -> Tensor:
+    a = product.right.to(wide)
+    return torch.mm(product.b.to(wide), a, out=allocate("sums", wide, (product.b.shape[0], a.shape[1])))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Flat places where the ends of the interval round apart; and where the way back may miss, with the lower ends."""
+
+    doubtful: Array
+    crossed: Array
+    lower: Array
+
+
+def _ends(
+    p: Tensor, product: Product, radius: float, wide: torch.dtype, values: Tensor, allocate: Allocate, *, back: bool
+) -> _Ends:
+    """Round the upper ends into ``values``, and compare them with the lower ones.
+
+    The product comes first, so that its error is one of small numbers.
+    """
+    shape = (p.shape[0], p.shape[1])
+    sums = _product(product, wide, allocate)
+    sums.add_(p if p.dtype == wide else allocate("wide", wide, shape).copy_(p))
+    values.copy_(sums.add_(radius))
+    lower = allocate("lower", values.dtype, shape).copy_(sums.sub_(2 * radius))
+    doubtful = _differing(values, lower)
+    crossed = _crossings(p, values, doubtful, lower, allocate) if back else doubtful[:0]
+    return _Ends(doubtful, crossed, sums.numpy().reshape(-1).take(crossed).astype(np.float64))
+
+
+def _differing(first: Tensor, second: Tensor) -> Array:
+    """Return the flat places, few of many, where two tensors have other bits."""
+    x, y = bits_of(first).reshape(-1), bits_of(second).reshape(-1)
+    if len(x) % (_WORDS * 8):
+        return np.flatnonzero(x != y)
+    # eight bytes at a time, then eight of those: nearly all are equal
+    words = x.view(np.int64) != y.view(np.int64)
+    inside = _spread(np.flatnonzero(words.view(np.int64)), 8)
+    places = _spread(inside[words[inside]], 8 // x.itemsize)
+    found: Array = places[x[places] != y[places]]
+    return found
+
+
+def _spread(groups: Array, size: int) -> Array:
+    """Return the members of groups of that size."""
+    members: Array = np.add.outer(groups * size, np.arange(size)).reshape(-1)
+    return members
+
+
+def _crossings(p: Tensor, values: Tensor, doubtful: Array, scratch: Tensor, allocate: Allocate) -> Array:
+    """Return the flat places where the way back from ``values`` may not end at P: one or two of a hundred.
+
+    With x the real sum, ``|W' - x| <= ulp(W') / 2``, so ``W' - B A`` lies that near to W. It rounds to W unless this is
+    more than half of W's distance to its nearer neighbour, the one below: where W' has a greater exponent than the
+    number below W. For W = 0 that is everywhere, and in a tie, which is among the doubtful, it may be just so much.
+    """
+    kind = FORMATS[values.dtype]
+    below = np.bitwise_and(bits_of(p), kind.magnitude, out=bits_of(scratch))
+    below -= 1
+    below |= kind.mantissa  # the last number of its binade; -1 for W = 0
+    size = np.bitwise_and(bits_of(values), kind.magnitude, out=bits_of(allocate("size", p.dtype, tuple(p.shape))))
+    mask = np.greater(size, below, out=allocate("mask", torch.bool, tuple(p.shape)).numpy()).reshape(-1)
+    mask[doubtful] = True
+    return np.flatnonzero(mask)
+
+
+def _way_back(p: Tensor, values: Tensor, product: Product, places: Array, sums: Estimate | None = None) -> Corrections:
+    """Return the corrections of the way back, which is right but for some of ``places``.
+
+    ``sums`` are what is known of ``P + B A`` there: ``W' - B A`` is ``W + (W' - (W + B A))``.
+    """
+    at = torch.from_numpy(places)
+    w, w_new = (tensor.reshape(-1)[at] for tensor in (p, values))
+    near = None
+    if sums is not None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            there = w.to(torch.float64).numpy() + (w_new.to(torch.float64).numpy() - sums.values)
+        near = Estimate(there, sums.error)
+    guess = settle(values, product.negated(), places, p.dtype, near)
+    wrong, units = differences(w, guess)
+    return places[wrong], units
+
+
+def _merged(first: Corrections, second: Corrections) -> Corrections:
+    places, units = (np.concatenate(both) for both in zip(first, second, strict=True))
+    order = np.argsort(places, kind="stable")
+    return places[order], units[order]
+
+
+def _settle_some(p: Tensor, product: Product, places: Array, dtype: torch.dtype) -> Tensor:
+    rows, columns = np.divmod(places, p.shape[1])
+    start = p.reshape(-1)[torch.from_numpy(places)].to(torch.float64).numpy()
+    b, a = product.b.numpy()[rows].T, product.right.a.numpy()[:, columns]  # (R, k)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        terms = b * a
+        error = 1.01 * product.gamma(_UNIT, 2) * (np.abs(start) + np.abs(terms).sum(axis=0)) + _LEAST
+        found, unproved = _prove(Estimate(start + terms.sum(axis=0), error), dtype)
+    if len(unproved):
+        bits_of(found)[unproved] = bits_of(dot_at(start[unproved], b[:, unproved], a[:, unproved], dtype))
+    return found
+
+
+def _prove(near: Estimate, dtype: torch.dtype) -> tuple[Tensor, Array]:
+    """Round both ends of an estimate; return one, and the places where they differ."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        both = round_once(np.concatenate((near.values - near.error, near.values + near.error)), dtype)
+    low, high = both[: len(near.values)], both[len(near.values) :]
+    return low, np.flatnonzero(bits_of(low) != bits_of(high))
+
+
+def _rounded_twofold(p: Tensor, product: Product, values: Tensor, *, back: bool) -> Rounded:
+    """Into float64 there is nothing wider: every element in twice the precision."""
+    for rows in _chunks(p):
+        b, a = product.b[rows].numpy().T[:, :, None], product.right.a.numpy()[:, None, :]
+        values[rows] = dot_at(p[rows].to(torch.float64).numpy(), b, a, torch.float64)
+    if not back:
+        return Rounded(values, largest_bits(values))
+    guess = _rounded_twofold(values, product.negated(), torch.empty_like(values), back=False).values
+    return Rounded(values, largest_bits(values), differences(p, guess))

@@ -1,9 +1,9 @@
 r"""A LoRA out of a full fine-tune: ``D = W' - W``, tensor by tensor, and the best ``B A`` for it at a low rank.
 
 Weights are kept in 16 bits, so W' is the trained weight with a rounding error in every element: D is a low-rank signal
-in white noise. Its best approximation at the signal's rank is nearer to what was trained than D itself, and the rank
-can be read off the spectrum, since an (m, n) matrix of independent errors of variance sigma^2 has hardly a singular
-value above ``sigma (sqrt m + sqrt n)`` (Geman, 1980).
+in noise. Its best approximation at the signal's rank is nearer to what was trained than D itself, and the rank can be
+read off the spectrum: hardly a singular value of the noise alone lies above its edge, ``sigma (sqrt m + sqrt n)`` for
+one variance sigma^2 everywhere (``noise``).
 """
 
 import math
@@ -17,10 +17,9 @@ from torch import Tensor
 from loraforge import lowrank
 from loraforge.adapter import Adapter, LowRank
 from loraforge.checkpoint.model_config import ModelConfig, read_config, stored_transposed
-from loraforge.checkpoint.noise import Squares, rounding_noise, squares
-from loraforge.checkpoint.noise import edge as noise_edge
+from loraforge.checkpoint.noise import Squares, edge_of, rounding_noise, squares
 from loraforge.checkpoint.roles import Roles, Save, assign, last_of, listing, module_of
-from loraforge.checkpoint.sketch import FIRST, Width, residual, sketch
+from loraforge.checkpoint.sketch import Wanted, residual, sketch
 from loraforge.checkpoint.ties import INPUTS, OUTPUTS
 from loraforge.checkpoint.twins import Twins, difference, open_twins
 from loraforge.errors import CompositionError, NumericalError
@@ -30,6 +29,7 @@ from loraforge_registry.manifest import Derivation, Input
 from loraforge_registry.paths import AnyPath
 
 EDGE = 1.02  # how far above the edge of the noise a singular value must be to count: the edge itself wavers by less
+_FIRST = 24  # directions of a sketch's block
 _ROUNDING = 1e-6  # singular values below this share of the first are rounding of float32 products
 _MOST = 2**53
 
@@ -39,9 +39,9 @@ class ExtractedTarget:
     """What was extracted of one weight.
 
     ``norm`` is |D|_F, ``captured`` the share ``|D_k|_F^2 / |D|_F^2``, ``error`` is ``|D - B A|_F / |D|_F`` of the
-    factors as they are; ``noise`` the share of |D|_F^2 to expect of the rounding of W' (``sigma^2 m n``), ``edge`` the
-    largest singular value to expect of it. ``spectrum`` are the largest singular values of D as far as they were
-    computed, descending; behind the rank they are lower bounds.
+    factors as they are; ``noise`` the share of |D|_F^2 to expect of the rounding of W' (``sum_ij ulp(W'_ij)^2 / 12``),
+    ``edge`` the largest singular value to expect of it. ``spectrum`` are the largest singular values of D as far as
+    they were computed, descending; behind the rank they are lower bounds.
     """
 
     rank: int
@@ -106,11 +106,9 @@ class _Criterion:
     seed: int
 
     @property
-    def width(self) -> Width:
-        """The sketches it takes."""
-        if self.rank is not None:
-            return Width(self.rank, self.rank, self.oversample)
-        return Width(min(FIRST, self.max_rank), self.max_rank, self.oversample)
+    def most(self) -> int:
+        """The greatest rank."""
+        return self.max_rank if self.rank is None else self.rank
 
     def count(self, s: Tensor, total: float, edge: float) -> int:
         """Return the rank that singular values of a matrix of ``|D|^2 = total`` ask for, if enough are there."""
@@ -148,8 +146,8 @@ def extract(  # noqa: PLR0913 - a criterion, its limits, and what the files do n
         finetuned: another of the same model.
         rank: of every target (less where D has less).
         energy: the smallest rank for each target that holds this share of its ``|D|_F^2``.
-        auto: the number of singular values above ``1.02 sigma (sqrt m + sqrt n)``: what rounding cannot explain; 1
-            where there is none.
+        auto: the number of singular values above 1.02 times the edge of the rounding noise: what rounding cannot
+            explain; 1 where there is none.
         max_rank: with energy and auto, the greatest.
         save: ``"auto"`` keeps every changed tensor that is no target whole; a list of module or tensor names, or
             their ends, keeps those (targets among them, too); ``"none"`` leaves all out that are no targets.
@@ -161,11 +159,10 @@ def extract(  # noqa: PLR0913 - a criterion, its limits, and what the files do n
         seed: of the sketch.
 
     Shapes: W, W' (m, n) -> a (k, n), b (m, k).
-    Numerics: D in float32 (float64 for float64 weights), randomised range finder with two power iterations, its core
-        in float64; ``B = U S^(1/2)``, ``A = S^(1/2) V^T`` rounded to float32. sigma^2 is ``mean(ulp(W')^2) / 12``, or
-        ``|D|^2 / (m n)`` where that is less: updates below half an ulp are lost, and leave less than full rounding.
-    Cost: reads both once (embeddings that are saved, twice); 12 m n (k + oversample) operations for a target; memory
-        of four copies of the largest tensor, and the result.
+    Numerics: D in float32 (float64 for float64 weights), a block Krylov sketch of it with its core in float64;
+        ``B = U S^(1/2)``, ``A = S^(1/2) V^T`` rounded to float32. The error is some 1e-4 of itself above the best.
+    Cost: reads both once (embeddings that are saved, twice); 12 to 20 m n (k + oversample) operations for a target;
+        memory of four copies of the largest 16-bit matrix, its sketch, and the result.
 
     Raises:
         NotFoundError, FormatError: no checkpoint, or one that is refused.
@@ -209,15 +206,20 @@ def _extract_one(
     read = _read_delta(twins, name)
     if read is None:
         return None
-    d, noise = read
-    total = squares(d).total
+    d, rounding = read
+    size = squares(d)
+    total = size.total
     if not math.isfinite(total):
         _refuse_infinite(twins, name)
     if total == 0:  # a zero's sign, or another type
         return None
     d = d.T if transposed else d
-    edge = noise_edge(noise)
-    found = sketch(d, criterion.width, criterion.seed, lambda s: criterion.count(s, total, edge) < len(s))
+    # an update below half an ulp is lost, which leaves less than full rounding: no more than there is
+    noise = rounding.at_most(size)
+    edge = edge_of(noise)
+    wanted = Wanted(lambda s: criterion.count(s, total, edge), criterion.most, criterion.oversample)
+    width = min(criterion.most, _FIRST) + criterion.oversample
+    found = sketch(d, total, wanted, width, criterion.seed)
     rank = _rank(found.s, criterion, total, edge)
     a, b = (factor.to(torch.float32).contiguous() for factor in lowrank.truncate(found, rank))
     pair = LowRank("linear", a, b, alpha=float(rank))
@@ -227,7 +229,7 @@ def _extract_one(
         norm=math.sqrt(total),
         captured=min(1.0, float(found.s[:rank].square().sum()) / total),
         error=math.sqrt(residual(d, a, b) / total),
-        noise=min(1.0, noise.total / total),
+        noise=noise.total / total,
         edge=edge,
         spectrum=tuple(found.s.tolist()),
     )
@@ -237,7 +239,7 @@ def _extract_one(
 def _rank(s: Tensor, criterion: _Criterion, total: float, edge: float) -> int:
     """The rank asked for, within the limit and what is there; at least 1."""
     there = int((s > _ROUNDING * s[0]).sum())
-    return max(1, min(criterion.count(s, total, edge), criterion.width.most, there))
+    return max(1, min(criterion.count(s, total, edge), criterion.most, there))
 
 
 def _refuse_infinite(twins: Twins, name: str) -> NoReturn:

@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from loraforge.errors import CompositionError
 
+# What stands beside or in place of a weight that a quantiser has packed.
+PACKED = (".qweight", ".weight_packed", ".qzeros", ".weight.absmax", ".weight_scale", ".weight_scale_inv")
 PREFIXES = ("base_model.model.", "model.", "transformer.")
 _LISTED = 3
 
@@ -31,6 +33,7 @@ def find_homes(keys: Sequence[str], tensors: Collection[str], label: str) -> Map
     found = max(attempts, key=lambda spelling: sum(name in tensors for name in spelling.values()))
     missing = [key for key, name in found.items() if name not in tensors]
     if missing:
+        _check_packed([found[key] for key in missing], tensors)
         raise CompositionError(
             f"{label}: {len(missing)} of {len(keys)} keys have no tensor in the base, {_listing(missing)} the first"
             f"{_near(missing[0], tensors)}; is this the base it was trained on?"
@@ -40,6 +43,16 @@ def find_homes(keys: Sequence[str], tensors: Collection[str], label: str) -> Map
         if homes.setdefault(name, key) != key:
             raise CompositionError(f"{label}: {homes[name]!r} and {key!r} both mean the base's tensor {name!r}")
     return found
+
+
+def _check_packed(names: Sequence[str], tensors: Collection[str]) -> None:
+    for name in names:
+        packed = [name.removesuffix(".weight") + end for end in PACKED if name.removesuffix(".weight") + end in tensors]
+        if packed:
+            raise CompositionError(
+                f"{name!r} is quantised (the base has {packed[0]!r} for it) and cannot be merged into; merge into the "
+                "original weights, then quantise"
+            )
 
 
 def _spelt(keys: Sequence[str], *, take: str | None, put: str) -> dict[str, str]:

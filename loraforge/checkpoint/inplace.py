@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loraforge.checkpoint import journal, output
 from loraforge.checkpoint.engine import Job, run_jobs
-from loraforge.checkpoint.exact import Array
+from loraforge.checkpoint.floats import Array
 from loraforge.checkpoint.journal import JOURNAL, NEW, InUnits, Sums
 from loraforge.checkpoint.plan import Ingredient, plan_changes
 from loraforge.checkpoint.reader import Checkpoint, open_checkpoint
@@ -174,6 +174,7 @@ def _finish(directory: Path, adapters: Sequence[Source], registry: Registry | No
             journal.put_aside(checkpoint, new)
             _write_old_pages(checkpoint, file, ingredients, new, merging=merging)
     with open_checkpoint(directory, aside=True) as checkpoint:
+        journal.sync_aside(checkpoint, new)
         _prove_all(checkpoint, file.receipt, list(new), merging=merging)
     _put_in_order(directory, merging=merging)
     return under_way.operation, file.receipt
@@ -222,8 +223,8 @@ def _put_in_order(directory: Path, *, merging: bool) -> None:
     journal.put_back(directory)
     if not merging:
         output.remove(directory / RECEIPT)
-    output.remove(directory / JOURNAL)
     output.sync_directory(directory)
+    output.remove(directory / JOURNAL)  # the last call: until here a second run finishes, from here on it is done
 
 
 def _check_clean(directory: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from loraforge.checkpoint import output
 from loraforge.checkpoint.container import Container, write_container
 from loraforge.checkpoint.engine import Write
-from loraforge.checkpoint.exact import Array
+from loraforge.checkpoint.floats import Array
 from loraforge.checkpoint.pages import PAGE, page_sums, units
 from loraforge.checkpoint.reader import ASIDE, Checkpoint, TensorAt
 from loraforge.errors import ConflictError, FormatError, InputOutputError
@@ -109,6 +109,12 @@ def put_aside(checkpoint: Checkpoint, names: Mapping[str, object]) -> None:
     output.sync_directory(checkpoint.path)
 
 
+def sync_aside(checkpoint: Checkpoint, names: Mapping[str, object]) -> None:
+    """Make the shards of these tensors durable: a run that was killed may have written all pages and not waited."""
+    for shard in sorted({checkpoint.tensors[name].shard for name in names}):
+        output.sync(checkpoint.shards[shard].fd, checkpoint.shards[shard].path)
+
+
 def put_back(directory: Path) -> None:
     """Give shards that were put aside their names."""
     for path in sorted(directory.glob(f"*{ASIDE}")):
@@ -176,8 +182,6 @@ def writing_old_units(checkpoint: Checkpoint, done: Mapping[str, Array]) -> Iter
                 output.write_at(fd, data[begin:end], tensor.begin + offset + begin, path)
 
         yield InUnits(write)
-        for shard, fd in fds.items():
-            output.sync(fd, checkpoint.path / (shard + ASIDE))
     finally:
         for fd in fds.values():
             os.close(fd)

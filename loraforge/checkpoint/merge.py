@@ -11,8 +11,8 @@ from loraforge.checkpoint.changes import Change
 from loraforge.checkpoint.engine import Fidelity, Job, run_jobs
 from loraforge.checkpoint.plan import plan_changes
 from loraforge.checkpoint.reader import Checkpoint, open_checkpoint
-from loraforge.checkpoint.receipt import Receipt, Used
-from loraforge.checkpoint.result import MergeResult, check_tensors, prove, results_of, untouched_records
+from loraforge.checkpoint.receipt import Receipt, Record, Used
+from loraforge.checkpoint.result import MergeResult, check_tensors, prove, results_of, untouched_record
 from loraforge.checkpoint.sources import Source, find_adapters, ingredients_of, plan_undo, receipt_of
 from loraforge.checkpoint.staging import left_out, staging
 from loraforge.errors import NotFoundError
@@ -161,16 +161,20 @@ def _write(
     with staging(checkpoint, out, key) as stage:
         ready = stage.take_up(kinds) if hashed else set()
         todo = [job for job in jobs if job.tensor.entry.name not in ready]
-        for done in run_jobs(checkpoint, todo, stage.write, hashed=hashed):
+        todo += [Job(tensor) for name, tensor in checkpoint.tensors.items() if name not in kinds]
+        rest: dict[str, Record] = {}
+        stage.copy_headers()
+        for done in run_jobs(checkpoint, todo, stage.write, copy=stage.copy, hashed=hashed):
             name = done.tensor.entry.name
             if proof is not None:
                 prove(proof.records[name], done)
-            stage.finished(done, kinds[name])
-            fidelity[name] = done.fidelity
+            if name in kinds:
+                stage.finished(done, kinds[name])
+                fidelity[name] = done.fidelity
+            elif hashed:
+                rest[name] = untouched_record(done)
             if progress is not None:
                 progress(done.tensor.nbytes)
-        stage.copy_rest(kinds)
-        rest = untouched_records(checkpoint, kinds, proof) if hashed else {}
         checkpoint.check_unchanged()
         fidelity |= {name: record.fidelity for name, record in stage.records().items()}
         receipt = Receipt(recipe.used, recipe.compute, rest | stage.records()) if hashed else None

@@ -3,7 +3,7 @@ r"""The rounding noise in a difference of weights: how much there is, and how fa
 An element's rounding error is nearly uniform on half an ulp to either side, its variance ``ulp^2 / 12``. An (m, n)
 matrix of independent errors of one variance sigma^2 has its largest singular value at ``sigma (sqrt m + sqrt n)``
 (Geman, 1980). Weights have large rows and columns, and with them large ulps: then it lies higher, by twice for rows
-whose sizes vary by half. ``edge`` takes the variances by row and column into account.
+whose sizes vary by half. ``edge_of`` takes the variances by row and column into account.
 """
 
 import math
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraforge.checkpoint.sketch import blocks
+from loraforge.checkpoint.sketch import pieces
 
-_GRID, _STEPS = 64, 40  # points at which the edge is looked for, and halvings for each
+_GRID, _STEPS = 32, 30  # points at which the edge is looked for, and halvings for each
 # where the exponent's bits are, in which integer type, and how many bits of mantissa follow
 _LAYOUT = {
     torch.bfloat16: (torch.int16, 0x7F80, 7),
@@ -34,13 +34,12 @@ class Squares:
 
     @property
     def total(self) -> float:
-        """``|D|_F^2``."""
-        return float(self.rows.sum())
+        """``|D|_F^2``; the lesser where rows and columns do not agree."""
+        return min(float(self.rows.sum()), float(self.columns.sum()))
 
-    @property
-    def transposed(self) -> "Squares":
-        """Those of the transpose."""
-        return Squares(self.columns, self.rows)
+    def at_most(self, other: "Squares") -> "Squares":
+        """Return the smaller sum of each row and column."""
+        return Squares(torch.minimum(self.rows, other.rows), torch.minimum(self.columns, other.columns))
 
 
 def squares(d: Tensor) -> Squares:
@@ -67,7 +66,7 @@ def rounding_noise(w: Tensor) -> Squares:
     return _summed(w, variance)
 
 
-def edge(noise: Squares) -> float:
+def edge_of(noise: Squares) -> float:
     r"""Return the largest singular value to expect of independent errors of variances ``sigma_ij^2 = a_i c_j``.
 
     Equation: the squared singular values end at ``min_e h(e) / f`` over e below ``1 / max c``, with f below
@@ -77,7 +76,8 @@ def edge(noise: Squares) -> float:
 
     Numerics: float64; the minimum is flat, and right to 1e-3 or better, from above.
     """
-    if not noise.total:
+    total = noise.total
+    if not total:
         return 0.0
     a, c = noise.rows / noise.rows.max(), noise.columns / noise.columns.max()
     e = torch.linspace(0, 1, _GRID + 2, dtype=torch.float64)[1:-1]  # (grid,), of 1 / max c
@@ -87,13 +87,13 @@ def edge(noise: Squares) -> float:
         f = (low + high) / 2
         small = f * (a / (1 - a * f[:, None])).sum(1) < e * h
         low, high = torch.where(small, f, low), torch.where(small, high, f)
-    scale = float(noise.rows.max() * noise.columns.max()) / noise.total  # max a_i c_j
-    return math.sqrt(scale * float((h / low).min()))
+    shares = float(noise.rows.max() / noise.rows.sum() * noise.columns.max() / noise.columns.sum())
+    return math.sqrt(shares * total * float((h / low).min()))  # in units of the largest a_i c_j until here
 
 
 def _summed(d: Tensor, square: Callable[[Tensor], Tensor]) -> Squares:
     rows, columns = torch.empty(d.shape[0], dtype=torch.float64), torch.zeros(d.shape[1], dtype=torch.float64)
-    for place in blocks(d):
+    for place in pieces(d):
         found = square(d[place])
         rows[place] = found.sum(1).to(torch.float64)
         columns += found.sum(0)

@@ -19,7 +19,9 @@ _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory; one that is there is fine."""
+    """Create a directory, and those above it; one that is there is fine."""
+    if not path.parent.exists():
+        make_directory(path.parent)
     with naming(path), suppress(FileExistsError):
         os.mkdir(path)  # noqa: PTH102 - through this module's os, where tests stand in
 
@@ -130,8 +132,12 @@ def remove(path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory and the files in it (it has no directories)."""
+    """Remove a directory and the files in it (it has no directories); on the way it is no model with less in it."""
     with naming(path), suppress(FileNotFoundError):
+        for name in os.listdir(path):
+            if name.endswith(".safetensors"):
+                with suppress(InputOutputError):  # a full disk may refuse a new name, and still lets go of an old one
+                    rename(path / name, path / f"{name}.part")
         for name in os.listdir(path):
             remove(path / name)
         os.rmdir(path)  # noqa: PTH106 - as make_directory

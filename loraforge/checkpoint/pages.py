@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from loraforge.checkpoint.exact import Array
+from loraforge.checkpoint.floats import Array
 
 PAGE = 4096
 _WORDS = PAGE // 8

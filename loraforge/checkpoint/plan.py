@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from loraforge.adapter import DTYPES, Adapter, LowRank
+from loraforge.adapter.mapped import discard
 from loraforge.checkpoint import ties
 from loraforge.checkpoint.changes import Change, Dora, LowRankSum, Replaced, Rows, Sum, SumInTurn, Term
-from loraforge.checkpoint.exact import FORMATS
+from loraforge.checkpoint.floats import FORMATS
 from loraforge.checkpoint.homes import find_homes
 from loraforge.checkpoint.reader import Checkpoint, TensorAt
 from loraforge.errors import CompositionError
 from loraforge_registry.layout import SUFFIXES, token_rows
 
 COMPUTE = ("exact", "float32")
-_QUANTISED = (".qweight", ".weight_packed", ".weight.absmax", ".weight_scale_inv", ".weight_scale", ".qzeros")
+_BASE_ROWS = ".base_layer.weight"  # the base's own rows, which PEFT saves along with a targeted embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def plan_changes(
 
 def _change(name: str, parts: _Contributions, total: type[Sum]) -> Change:
     if not parts.whole:
-        return total(LowRankSum(parts.terms))
+        return total(LowRankSum(name, parts.terms))
     first, kind = parts.whole[0]
     same = all(_same_values(first, other) for other, _ in parts.whole)
     if parts.terms or not same:
@@ -90,12 +91,15 @@ def _check_mergeable(ingredient: Ingredient, compute: str) -> None:
         )
     for name, pair in adapter.targets.items():
         pair.check_finite(name)
+        discard(pair.a)
+        discard(pair.b)
         if pair.groups != 1:
             raise CompositionError(f"{label}: target {name!r} is a grouped convolution, which is not merged here")
         if pair.magnitude is not None and compute == "float32":
             raise CompositionError(f"{label} uses DoRA, which is merged with --compute exact only")
     not_additive = "DoRA" if any(p.magnitude is not None for p in adapter.targets.values()) else ""
-    not_additive = not_additive or ("whole saved tensors" if adapter.extras else "")
+    whole = [key for key in adapter.extras if not key.endswith(_BASE_ROWS)]
+    not_additive = not_additive or ("whole saved tensors" if whole else "")
     if not_additive and ingredient.weight != 1:
         raise CompositionError(
             f"{label} has {not_additive}, which cannot be weighted by {ingredient.weight:g}; merge it with weight 1"
@@ -118,7 +122,7 @@ def _contributions(
     for target, pair in adapter.targets.items():
         home = base.tensors[homes[f"{target}.weight"]]
         terms = _term(home, target, pair, weight, transposed=target in transposed)
-        yield home.entry.name, partial(_add_pair, pair=pair, term=terms, transposed=target in transposed)
+        yield home.entry.name, partial(_add_pair, target=target, pair=pair, term=terms, transposed=target in transposed)
         if pair.bias is not None:
             bias = base.tensors[homes[f"{target}.bias"]]
             _check(bias, tuple(pair.bias.shape), f"{label}: the bias of target {target!r}")
@@ -126,7 +130,7 @@ def _contributions(
             yield bias.entry.name, partial(_add_term, term=Term(column, torch.ones(1, 1), weight * pair.scale))
     for key, tensor in extras.items():
         home = base.tensors[homes[owners[key]]]
-        if key.endswith(".base_layer.weight"):  # PEFT saves the base's own rows along
+        if key.endswith(_BASE_ROWS):
             if not undoing:
                 _check_same(base, home, key, tensor)
             continue
@@ -137,12 +141,12 @@ def _add_term(parts: _Contributions, term: Term) -> None:
     parts.terms.append(term)
 
 
-def _add_pair(parts: _Contributions, pair: LowRank, term: Term, *, transposed: bool) -> None:
+def _add_pair(parts: _Contributions, target: str, pair: LowRank, term: Term, *, transposed: bool) -> None:
     if pair.magnitude is None:
         parts.terms.append(term)
         return
     by_row = pair.kind != "embedding" and not transposed
-    parts.whole.append((Dora(LowRankSum([term]), pair.magnitude, by_row), "a DoRA magnitude"))
+    parts.whole.append((Dora(LowRankSum(target, [term]), pair.magnitude, by_row), "a DoRA magnitude"))
 
 
 def _add_whole(parts: _Contributions, change: Change, kind: str) -> None:
@@ -170,7 +174,7 @@ def _extra(home: TensorAt, key: str, tensor: Tensor, adapter: Adapter) -> Callab
             raise CompositionError(f"{key!r} has a row for token {max(rows)}; {name!r} has {home.entry.shape[0]} rows")
         change: Change = Rows({row: place for place, row in enumerate(rows)}, tensor)
         return partial(_add_whole, change=change, kind="trained token rows")
-    if home.entry.dtype not in DTYPES or tuple(tensor.shape) != home.entry.shape:
+    if home.entry.dtype not in DTYPES or tuple(tensor.shape) != home.entry.shape or not tensor.numel():
         _check(home, tuple(tensor.shape), f"saved tensor {key!r}")
     if tensor.is_floating_point() != DTYPES[home.entry.dtype].is_floating_point:
         raise CompositionError(f"saved tensor {key!r} is {tensor.dtype}, the base's {name!r} is {home.entry.dtype}")
@@ -192,6 +196,8 @@ def _check(home: TensorAt, shape: tuple[int, ...], what: str) -> None:
             f"{name!r} is {dtype}: a quantised tensor cannot be merged into; merge into the original weights (BF16, "
             "F16, F32, F64), then quantise"
         )
+    if not home.entry.elements:
+        raise CompositionError(f"{what}: the base's {name!r} has no elements")
     if home.entry.shape != shape:
         raise CompositionError(
             f"{what} is for a tensor of shape {list(shape)}, the base's {name!r} has {list(home.entry.shape)}"

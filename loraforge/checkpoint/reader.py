@@ -168,7 +168,7 @@ def read_index(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and shard == os.path.basename(shard)  # noqa: PTH119 - a string from a file, no path of ours
-        if not isinstance(shard, str) or not plain or shard.startswith("."):
+        if not isinstance(shard, str) or not plain or shard.startswith(".") or not shard.isprintable():
             raise FormatError(
                 f"{path}: tensor {name!r} is said to be in {str(shard)[:80]!r}, expected a file beside it"
             )

@@ -230,6 +230,8 @@ def _figures(value: list[Value]) -> Fidelity:
 
 
 def _entry(name: str, dtype: str, shape: list[Value]) -> TensorEntry:
-    sizes = tuple(item for item in shape if isinstance(item, int))
+    sizes = tuple(item for item in shape if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+    if len(sizes) != len(shape):
+        raise FormatError(f"tensor {name!r}: {shape} is no shape")
     entry = TensorEntry(name, dtype, sizes, 0, 0)
     return TensorEntry(name, dtype, sizes, 0, entry.elements * BITS[dtype] // 8)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loraforge.checkpoint.exact import Array
+from loraforge.checkpoint.floats import Array
 from loraforge.errors import FormatError
 
 _HEAD = struct.Struct("<QB")  # number of corrections, bytes of one element
@@ -77,6 +77,8 @@ def decode(data: bytes, elements: int, itemsize: int) -> Residual:
         zigzag, position = _merge_planes(data, position, count, unsigned)
     except (struct.error, zlib.error) as error:
         raise FormatError(f"an undo record that cannot be read: {error}") from error
+    if count and int(gaps.max()) >= elements:  # and no sum of them can wrap around unseen
+        raise FormatError("an undo record that points outside its tensor")
     places = np.cumsum(gaps + np.uint64(1)).astype(np.int64) - 1
     if position != len(data) or (count and (int(places[-1]) >= elements or bool((np.diff(places) <= 0).any()))):
         raise FormatError("an undo record that points outside its tensor")
@@ -93,9 +95,9 @@ def _planes(numbers: Array) -> bytes:
     columns = np.ascontiguousarray(numbers).view(np.uint8).reshape(len(numbers), numbers.dtype.itemsize)
     coded = []
     for plane in range(columns.shape[1]):
-        data = columns[:, plane].tobytes()
+        data = columns[:, plane]
         codec = zlib.compressobj(1, strategy=zlib.Z_RLE)
-        short = codec.compress(data) + codec.flush() if any(data) else b""
+        short = codec.compress(data.tobytes()) + codec.flush() if data.any() else b""
         coded.append(_PLANE.pack(len(short)) + short)
     return b"".join(coded)
 

@@ -105,14 +105,19 @@ def prove(record: Record, done: Done) -> None:
         )
 
 
+def untouched_record(done: Done) -> Record:
+    """Return the record of a tensor that stays as it is."""
+    assert done.original is not None, "hashed"  # noqa: S101 - run_jobs hashes unless told not to
+    return Record(done.tensor.entry, done.original, done.original)
+
+
 def untouched_records(
     checkpoint: Checkpoint, touched: Mapping[str, str], proof: Receipt | None = None
 ) -> dict[str, Record]:
     """Return the records of tensors that no adapter touches, checked where there is something to check against."""
     records = {}
     for done in run_jobs(checkpoint, [Job(t) for name, t in checkpoint.tensors.items() if name not in touched], None):
-        assert done.original is not None, "hashed"  # noqa: S101 - run_jobs hashes unless told not to
-        record = Record(done.tensor.entry, done.original, done.original)
+        record = untouched_record(done)
         if proof is not None:
             prove(proof.records[record.entry.name], done)
         records[record.entry.name] = record

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TypeAlias
 
-from loraforge.adapter import Adapter, content_id
+from loraforge.adapter import Adapter, content_id, named_tensors
+from loraforge.adapter.mapped import make_expendable
 from loraforge.checkpoint.changes import Dora
 from loraforge.checkpoint.engine import Undo
 from loraforge.checkpoint.plan import Ingredient, plan_changes
@@ -30,7 +31,7 @@ def ingredients_of(
         source, weight = item if isinstance(item, tuple) else (item, 1.0)
         if not math.isfinite(weight):
             raise CompositionError(f"a weight is {weight}; expected a finite number")
-        adapter = source if isinstance(source, Adapter) else load(source, registry=registry)
+        adapter = _opened(source, registry)
         label = f"adapter {number + 1}" if isinstance(source, Adapter) else os.fspath(source)
         digest = None if adapter.origin is None else adapter.origin.digest
         used.append(Used(label, float(weight) + 0.0, content_id(adapter), digest))
@@ -45,7 +46,7 @@ def find_adapters(receipt: Receipt, given: Sequence[Source], registry: Registry 
         NotFoundError: naming the first that is nowhere to be found.
     """
     registry = registry or Registry()
-    loaded = [source if isinstance(source, Adapter) else load(source, registry=registry) for source in given]
+    loaded = [_opened(source, registry) for source in given]
     by_content = {content_id(adapter): adapter for adapter in loaded}
     found = []
     for used in receipt.used:
@@ -57,9 +58,18 @@ def find_adapters(receipt: Receipt, given: Sequence[Source], registry: Registry 
                     f"adapter {used.label} (content {used.content_id.short}) is not in the store; give its directory "
                     "with --adapter, or push it first"
                 )
-            adapter = registry.load(str(digest))
+            adapter = _opened(str(digest), registry)
         found.append(Ingredient(adapter, used.weight, used.label))
     return found
+
+
+def _opened(source: Source, registry: Registry | None) -> Adapter:
+    """Return an adapter; the memory of one that is opened here, which nobody else has, is let go as it is used."""
+    if isinstance(source, Adapter):
+        return source
+    adapter = load(source, registry=registry)
+    make_expendable(named_tensors(adapter).values())
+    return adapter
 
 
 def plan_undo(

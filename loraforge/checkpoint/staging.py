@@ -11,7 +11,7 @@ and by no other; what another one left is swept away.
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from loraforge.checkpoint import output
 from loraforge.checkpoint.engine import Done
-from loraforge.checkpoint.reader import Checkpoint, TensorAt
+from loraforge.checkpoint.reader import Checkpoint, Shard, TensorAt
 from loraforge.checkpoint.receipt import NAME as RECEIPT
 from loraforge.checkpoint.receipt import (
     Receipt,
@@ -39,8 +39,9 @@ _PART = ".part"
 _UNDO = "undo.part"
 _PROGRESS = "progress"
 _END = ".loraforge"
+_OURS = "loraforge."  # receipts, journals: they say something of the base, and nothing of what is made from it
 # Weights in other formats would be those of the base, beside a merged model.
-STALE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".receipt", ".lock")
+STALE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".lock")
 
 
 @contextmanager
@@ -53,8 +54,6 @@ def staging(base: Checkpoint, out: Path, key: Digest) -> Iterator["Staging"]:
         ConflictError: ``out`` is there, lies inside the base, or is being written by another process.
     """
     check_place(base, out)
-    with output.naming(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
     directory = out.parent / f".{out.name[:100]}.{key.short}{_END}"
     output.make_directory(directory)
     with ExitStack() as stack:
@@ -81,8 +80,9 @@ class Staging:
     def __init__(self, base: Checkpoint, out: Path, directory: Path, stack: ExitStack) -> None:
         self._base, self._out, self._directory = base, out, directory
         self._fds: dict[str, int] = {}
+        self._cloned: set[str] = set()
         for name, shard in base.shards.items():
-            self._fds[name] = self._open(stack, name + _PART, shard.stamp.size, plain=name)
+            self._fds[name] = self._open_shard(stack, name, shard)
         self._undo = self._open(stack, _UNDO)
         self._progress = self._open(stack, _PROGRESS)
         self._records: dict[str, Record] = {}
@@ -103,15 +103,19 @@ class Staging:
         """Write bytes of a tensor."""
         output.write_at(self._fds[tensor.shard], data, tensor.begin + offset, self._directory / tensor.shard)
 
-    def copy_rest(self, touched: Iterable[str]) -> None:
-        """Copy headers, and every tensor that is not touched, in the kernel."""
-        changed = {name: self._base.tensors[name] for name in touched}
+    def copy(self, tensor: TensorAt) -> None:
+        """Copy a tensor that stays as it is, in the kernel."""
+        self._copy(tensor.shard, tensor.begin, tensor.begin + tensor.nbytes)
+
+    def copy_headers(self) -> None:
+        """Copy what lies before the tensors."""
         for name, shard in self._base.shards.items():
-            position = 0
-            mine = sorted((t.begin, t.begin + t.nbytes) for t in changed.values() if t.shard == name)
-            for begin, end in [*mine, (shard.stamp.size, shard.stamp.size)]:
-                output.copy_range(shard.fd, self._fds[name], position, begin, self._directory / name)
-                position = end
+            self._copy(name, 0, shard.header.data_start)
+
+    def _copy(self, shard: str, begin: int, end: int) -> None:
+        if shard not in self._cloned:
+            source, path = self._base.shards[shard].fd, self._directory / shard
+            output.copy_range(source, self._fds[shard], begin, end, path)
 
     def finished(self, done: Done, kind: str) -> None:
         """Note that a tensor is whole, with its undo record."""
@@ -147,14 +151,22 @@ class Staging:
         output.sync_directory(self._out.parent)
         return size
 
-    def _open(self, stack: ExitStack, name: str, size: int | None = None, *, plain: str | None = None) -> int:
+    def _open_shard(self, stack: ExitStack, name: str, shard: Shard) -> int:
+        """Open a shard in the making: a copy that shares the base's blocks where the file system can, else empty."""
+        if (self._directory / name).exists():
+            output.rename(self._directory / name, self._directory / (name + _PART))  # killed as it was about to appear
+        fd = self._open(stack, name + _PART)
+        if os.fstat(fd).st_size != shard.stamp.size:
+            if output.clone(shard.fd, fd):
+                self._cloned.add(name)
+            else:
+                output.reserve(fd, shard.stamp.size, self._directory / name)
+        return fd
+
+    def _open(self, stack: ExitStack, name: str) -> int:
         path = self._directory / name
-        if plain is not None and (self._directory / plain).exists():
-            output.rename(self._directory / plain, path)  # killed while it was about to appear
         fd = output.open_existing(path) if path.exists() else output.open_new(path)
         stack.callback(os.close, fd)
-        if size is not None and os.fstat(fd).st_size != size:
-            output.reserve(fd, size, path)
         return fd
 
     def _is_whole(self, tensor: TensorAt, record: Record, undo: bytes) -> bool:
@@ -182,12 +194,12 @@ class Staging:
 
 def travelling(base: Checkpoint) -> list[str]:
     """Return the files that come along: configuration, tokenizer, licence, but no weights in other formats."""
-    return [name for name in base.others if not name.endswith(STALE)]
+    return [name for name in base.others if not name.endswith(STALE) and not name.startswith(_OURS)]
 
 
 def left_out(base: Checkpoint) -> tuple[str, ...]:
     """Return the files that do not come along."""
-    return tuple(name for name in base.others if name.endswith(STALE) and name != RECEIPT)
+    return tuple(name for name in base.others if name.endswith(STALE) and not name.startswith(_OURS))
 
 
 def _sweep(out: Path, keep: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from loraforge.adapter import Adapter, LowRank
 from loraforge.checkpoint.reader import Checkpoint
-from loraforge.errors import CompositionError
+from loraforge.errors import CompositionError, FormatError
 from loraforge_registry import strict_json
 from loraforge_registry.ingest import read_small
 from loraforge_registry.layout import SUFFIXES
@@ -28,7 +28,7 @@ def written_once(base: Checkpoint, adapter: Adapter, label: str) -> Adapter:
     Raises:
         CompositionError: it changes one of two tied weights, or each in another way.
     """
-    saved = {key.rpartition(".")[0] for key in adapter.extras if not key.endswith(SUFFIXES["tokens"])}
+    saved = {_module(key) for key in adapter.extras if not key.endswith(SUFFIXES["tokens"])}
     modules = {*adapter.targets, *saved}  # PEFT ties trained token rows itself, and they are meant for both
     inputs, outputs = _with_last(modules, INPUTS), _with_last(modules, OUTPUTS)
     if not (inputs or outputs) or not _are_tied(base):
@@ -42,15 +42,23 @@ def written_once(base: Checkpoint, adapter: Adapter, label: str) -> Adapter:
     return replace(
         adapter,
         targets={name: pair for name, pair in adapter.targets.items() if name not in gone},
-        extras={key: tensor for key, tensor in adapter.extras.items() if key.rpartition(".")[0] not in gone},
+        extras={key: tensor for key, tensor in adapter.extras.items() if _module(key) not in gone},
     )
+
+
+def _module(key: str) -> str:
+    """The module of a saved tensor; PEFT saves the base's own rows of a target under ``base_layer``."""
+    return key.rpartition(".")[0].removesuffix(".base_layer")
 
 
 def _are_tied(base: Checkpoint) -> bool:
     """Whether a loader will tie the embeddings; transformers does where config.json does not say."""
     if _CONFIG not in base.others:
         return False
-    config = strict_json.loads(read_small(base.path / _CONFIG, _MAX_CONFIG), max_bytes=_MAX_CONFIG, max_depth=64)
+    try:
+        config = strict_json.loads(read_small(base.path / _CONFIG, _MAX_CONFIG), max_bytes=_MAX_CONFIG, max_depth=64)
+    except FormatError as error:
+        raise FormatError(f"{base.path / _CONFIG}: {error}") from error
     if not isinstance(config, dict):
         return False
     nested = config.get("text_config")

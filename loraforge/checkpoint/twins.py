@@ -11,6 +11,7 @@ from torch import Tensor
 from loraforge.adapter import DTYPES
 from loraforge.checkpoint.reader import Checkpoint, TensorAt, open_checkpoint
 from loraforge.checkpoint.receipt import checkpoint_digest
+from loraforge.checkpoint.sketch import pieces
 from loraforge.errors import CompositionError, NumericalError
 from loraforge_registry.digest import Digest
 from loraforge_registry.paths import AnyPath
@@ -156,5 +157,8 @@ def difference(before: Tensor, after: Tensor) -> Tensor:
     is more than 2^13 times the other.
     """
     wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-    found = after.to(wide, copy=True).sub_(before)
-    return found.reshape(found.shape[0], -1) if found.dim() else found.reshape(1, 1)
+    old, new = (tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1) for tensor in (before, after))
+    found = torch.empty(new.shape, dtype=wide)
+    for rows in pieces(found):  # the whole of both in a wider type would be the peak of the memory
+        torch.sub(new[rows].to(wide), old[rows].to(wide), out=found[rows])
+    return found

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from loraforge.adapter import Adapter, Kind, LowRank, named_tensors, raw_bytes
+from loraforge.adapter.mapped import map_tensors
 from loraforge.adapter.tensors import dtype_name
 from loraforge.errors import CompositionError, FormatError
-from loraforge.formats.mapped import map_tensors
 from loraforge_registry.config import MAX_BYTES, AdapterConfig, Scaling, encode_config, parse_config
 from loraforge_registry.export import write_directory
 from loraforge_registry.files import Buffer

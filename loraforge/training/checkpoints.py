@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from loraforge.adapter import Adapter, raw_bytes
+from loraforge.adapter.mapped import map_tensors
 from loraforge.adapter.tensors import dtype_name
 from loraforge.errors import FormatError, StoreError, TrainingError
 from loraforge.formats import peft
-from loraforge.formats.mapped import map_tensors
 from loraforge.training.batches import Cursor
 from loraforge.training.config import TrainConfig
 from loraforge_registry.export import write_directory

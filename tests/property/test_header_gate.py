@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from loraforge.adapter import DTYPES, raw_bytes
+from loraforge.adapter.mapped import map_tensors
 from loraforge.adapter.tensors import dtype_name
-from loraforge.formats.mapped import map_tensors
 from loraforge_registry.errors import ConflictError, HeaderError
 from loraforge_registry.header import Header, encode_header, header_length, parse_header, read_header
 from loraforge_registry.ingest import TensorHasher

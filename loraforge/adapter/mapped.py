@@ -1,13 +1,19 @@
 """Tensors of a safetensors file, mapped: opening costs the header, a page is read when it is used."""
 
 import mmap
+import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from loraforge.adapter import DTYPES
+from loraforge.adapter.tensors import DTYPES
 from loraforge.errors import HeaderError
 from loraforge_registry.header import Header, TensorEntry
+
+_PAGE = mmap.PAGESIZE
+_MAPPINGS: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()  # by address
+_EXPENDABLE: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 
 
 def map_tensors(fd: int, header: Header) -> dict[str, Tensor]:
@@ -22,7 +28,30 @@ def map_tensors(fd: int, header: Header) -> dict[str, Tensor]:
     if not any(entry.end > entry.begin for entry in header.tensors):
         return {entry.name: torch.empty(entry.shape, dtype=_dtype(entry)) for entry in header.tensors}
     mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+    _MAPPINGS[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
     return {entry.name: _tensor(mapping, header.data_start, entry) for entry in header.tensors}
+
+
+def make_expendable(tensors: Iterable[Tensor]) -> None:
+    """Say that nobody has written into these tensors, nor will: ``discard`` may let go of their memory."""
+    _EXPENDABLE.update(mapping for tensor in tensors for _, mapping in _mapping_of(tensor))
+
+
+def discard(tensor: Tensor) -> None:
+    """Let go of the memory of an expendable tensor; of others nothing. It is read from its file when it is next used.
+
+    Shapes: of a view that is dense in memory, such as a transpose, or rows.
+    """
+    for address, mapping in _mapping_of(tensor):
+        if mapping in _EXPENDABLE:
+            begin = (tensor.data_ptr() - address) // _PAGE * _PAGE
+            end = min(tensor.data_ptr() - address + tensor.numel() * tensor.itemsize, len(mapping))
+            mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def _mapping_of(tensor: Tensor) -> list[tuple[int, mmap.mmap]]:
+    place = tensor.data_ptr()
+    return [(start, found) for start, found in list(_MAPPINGS.items()) if start <= place < start + len(found)]
 
 
 def _tensor(mapping: mmap.mmap, data_start: int, entry: TensorEntry) -> Tensor:
