@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from loraforge.checkpoint.verify import VerifyReport, verify_merge
     from loraforge.compose import METHODS, Reranked, RerankReport, TargetReport, linear, rerank, stack
     from loraforge.formats.peft import save
+    from loraforge.layers import Injected, LoraConfig, attach, inject
     from loraforge.registry import Registry, load
+    from loraforge.training import Metrics, TrainConfig, train
 
 __version__ = "0.1.0"
 
@@ -33,16 +35,22 @@ _HOMES = {
     "Adapter": "loraforge.adapter",
     "BaseModel": "loraforge.adapter",
     "Extracted": "loraforge.checkpoint.extract",
+    "Injected": "loraforge.layers",
+    "LoraConfig": "loraforge.layers",
     "LowRank": "loraforge.adapter",
     "METHODS": "loraforge.compose",
+    "Metrics": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
     "Registry": "loraforge.registry",
     "RerankReport": "loraforge.compose",
     "Reranked": "loraforge.compose",
     "TargetReport": "loraforge.compose",
+    "TrainConfig": "loraforge.training",
     "VerifyReport": "loraforge.checkpoint.verify",
+    "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
     "extract": "loraforge.checkpoint.extract",
+    "inject": "loraforge.layers",
     "linear": "loraforge.compose",
     "load": "loraforge.registry",
     "merge": "loraforge.checkpoint.merge",
@@ -51,6 +59,7 @@ _HOMES = {
     "rerank": "loraforge.compose",
     "save": "loraforge.formats.peft",
     "stack": "loraforge.compose",
+    "train": "loraforge.training",
     "unmerge": "loraforge.checkpoint.merge",
     "unmerge_in_place": "loraforge.checkpoint.inplace",
     "verify_merge": "loraforge.checkpoint.verify",
@@ -61,17 +70,23 @@ __all__ = [
     "Adapter",
     "BaseModel",
     "Extracted",
+    "Injected",
+    "LoraConfig",
     "LoraforgeError",
     "LowRank",
     "MergeResult",
+    "Metrics",
     "Registry",
     "RerankReport",
     "Reranked",
     "TargetReport",
+    "TrainConfig",
     "VerifyReport",
     "__version__",
+    "attach",
     "content_id",
     "extract",
+    "inject",
     "linear",
     "load",
     "merge",
@@ -80,6 +95,7 @@ __all__ = [
     "rerank",
     "save",
     "stack",
+    "train",
     "unmerge",
     "unmerge_in_place",
     "verify_merge",

@@ -2,6 +2,8 @@
 
 LoraforgeError
 |-- CompositionError (ValueError)      adapters that cannot be combined as asked
+|-- TargetError (ValueError)           modules that cannot be adapted as asked
+|-- TrainingError (RuntimeError)       a run that cannot start, or must not go on
 `-- NumericalError (ArithmeticError)   NaN or infinity among the numbers
 """
 
@@ -33,6 +35,8 @@ __all__ = [
     "NumericalError",
     "ReferenceSyntaxError",
     "StoreError",
+    "TargetError",
+    "TrainingError",
 ]
 
 
@@ -40,6 +44,18 @@ class CompositionError(LoraforgeError, ValueError):
     """Adapters that cannot be combined as asked; the message says why, and what to do."""
 
     kind = "cannot_compose"
+
+
+class TargetError(LoraforgeError, ValueError):
+    """Modules that cannot be adapted as asked; the message names them, and what to do."""
+
+    kind = "cannot_adapt"
+
+
+class TrainingError(LoraforgeError, RuntimeError):
+    """A training run that cannot start, or must not go on."""
+
+    kind = "cannot_train"
 
 
 class NumericalError(LoraforgeError, ArithmeticError):

@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "fsck": ("fsck", "Is the store whole? Say what is not, and repair it."),
     "compose": ("compose", "Combine adapters into one, exactly."),
     "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
+    "train": ("train", "Train an adapter for a base."),
     "merge": ("merge", "Write adapters into a base checkpoint."),
     "unmerge": ("unmerge", "Take them out again, bit for bit."),
     "verify": ("verify", "Is a merged checkpoint what its receipt says?"),
@@ -41,7 +42,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 EXIT_CODES: Mapping[str, int] = {
     "bad_format": 2,
     "bad_reference": 2,
+    "cannot_adapt": 2,
     "cannot_compose": 2,
+    "cannot_train": 2,
     "not_finite": 2,
     "usage": 2,
     "not_found": 3,

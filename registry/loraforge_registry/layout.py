@@ -50,7 +50,7 @@ _OPTIONAL_SAVED = frozenset({"classifier", "score", "qa_outputs"})
 # Targets whose base weight PEFT writes along (EMBEDDING_LAYER_NAMES there).
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 # What PEFT leaves out of "all-linear": the model's output, whatever it is called.
-_OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
+OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 LOADABLE_DTYPES = FACTOR_DTYPES | {"BOOL", "U8", "I8", "I16", "I32", "I64"}
 _LISTED = 5  # how many keys an error names before it counts the rest
 
@@ -100,7 +100,7 @@ def read_layout(config: AdapterConfig, tensors: Iterable[TensorEntry]) -> Layout
     matcher = Matcher()
     scales = _Scales(config.scaling, matcher)
     targets = {name: _target(name, keys, entries, scales) for name, keys in sorted(found.items())}
-    targeted = _Targeted(config.settings, matcher)
+    targeted = Targeted(config.settings, matcher)
     extras, unexpected = _account_for_rest(rest, targets, config.settings)
     unexpected += [
         key
@@ -241,7 +241,7 @@ def _check_side_shapes(name: str, keys: Mapping[str, str], entries: Mapping[str,
         raise KeyMismatchError("a LoRA pair without a target in front of its key")
 
 
-class _Targeted:
+class Targeted:
     """Which modules a config means: PEFT's check_target_module_exists."""
 
     def __init__(self, settings: Settings, matcher: Matcher) -> None:
@@ -251,13 +251,14 @@ class _Targeted:
         self._excluded = _NameSet(settings.exclude_modules, matcher)
 
     def includes(self, name: str, kind: str) -> bool:
+        """Whether the module ``name``, of that kind, is one of them."""
         settings, last = self._settings, _last(name)
         if self._excluded.has(name) or any(self._is_saved_whole(name, entry) for entry in settings.modules_to_save):
             return False
         if settings.weight_tying and last in _EMBEDDING_NAMES and self._wanted.names_an_embedding():
             return True  # PEFT adapts the tied twin of a target as well
         if settings.target_modules == "all-linear":
-            return kind == "linear" and last not in _OUTPUT_HEADS
+            return kind == "linear" and last not in OUTPUT_HEADS
         if not self._wanted.has(name):
             return False
         if settings.layers_to_transform is None or self._wanted.has_exactly(name):

@@ -1,5 +1,7 @@
 """``loraforge show``: everything about one adapter."""
 
+from collections.abc import Mapping
+
 import click
 
 from loraforge_cli.describe import Described, describe
@@ -49,11 +51,20 @@ def _facts(described: Described) -> str:
             "base": f"{manifest.base_name or 'not named'}{revision}",
             "rank": f"{spread(described.ranks)} on {len(described.ranks)} targets",
             "error": f"{error:.3g} of |dW|, from the re-rank" if isinstance(error, float) else None,
+            "training": _training(report),
             "size": f"{count(manifest.parameters)} parameters, {size(manifest.size)}",
             "saved": ", ".join(described.layout.extras[:4]) + (" ..." if len(described.layout.extras) > 4 else ""),
             "bias": None if settings.bias == "none" else settings.bias,
         }
     )
+
+
+def _training(report: Mapping[str, object]) -> str | None:
+    """The loss that a trained adapter came to."""
+    if "loss" not in report:
+        return None
+    judged = f", {report['eval_loss']:g} on the data set aside" if "eval_loss" in report else ""
+    return f"loss {report['loss']:g} after {report['steps']} steps{judged}"
 
 
 def _targets(described: Described, *, every: bool) -> str:

@@ -1,0 +1,289 @@
+"""A training run of the command line: data, plan, progress, and the adapter into the store."""
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import torch
+
+import loraforge
+from loraforge.errors import ConflictError, NotFoundError, TrainingError
+from loraforge.formats import peft
+from loraforge.layers import inject
+from loraforge.registry import Registry
+from loraforge.training import Metrics, ranks, train
+from loraforge.training.checkpoints import METRICS
+from loraforge.training.data.formats import read_samples
+from loraforge.training.data.loader import Loader, make_loader
+from loraforge.training.data.tokens import Counted, Tokenizer, show, tokenize
+from loraforge.training.loop import make_plan
+from loraforge.training.provenance import base_digest, data_digest, trained
+from loraforge_cli.describe import describe
+from loraforge_cli.options import Session
+from loraforge_cli.output import count, emit, facts, note, size
+from loraforge_cli.summary import line
+from loraforge_cli.train_base import check_fits, check_packs, load_model, load_tokenizer
+from loraforge_cli.train_settings import TrainSettings
+from loraforge_registry.canonical import Value
+from loraforge_registry.names import DEFAULT_TAG, RefName
+
+_LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs."""
+
+    settings: TrainSettings
+    model: Any
+    tokenizer: Tokenizer
+    counted: Counted
+    loader: Loader
+    valid: Loader | None
+    files: tuple[Path, ...]
+
+
+def prepare(settings: TrainSettings) -> Prepared:
+    """Read data and base, and put them together."""
+    files, valid_file = _files(settings)
+    if valid_file is not None and settings.val_split:
+        raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
+    samples = read_samples(files[0])
+    tokenizer = load_tokenizer(settings.base)
+    counted = tokenize(samples, tokenizer, settings.max_length, settings.mask)
+    rows, held_out = _split(counted, settings)
+    if valid_file is not None:
+        held_out = tokenize(read_samples(valid_file), tokenizer, settings.max_length, settings.mask).rows
+    model = load_model(settings.base, settings.config.precision)
+    every = (*rows, *held_out)
+    check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
+    if settings.pack:
+        check_packs(model, max(len(row.ids) for row in every))
+    dtype = next(model.parameters()).dtype if settings.pack else None
+
+    def loader(chosen: Any) -> Loader:  # noqa: ANN401 - rows
+        return make_loader(
+            chosen,
+            settings.batch_size,
+            seed=settings.config.seed,
+            pad=tokenizer.pad,
+            max_length=settings.max_length,
+            pack_dtype=dtype,
+        )
+
+    read = files if valid_file is None else (*files, valid_file)
+    return Prepared(settings, model, tokenizer, counted, loader(rows), loader(held_out) if held_out else None, read)
+
+
+def show_plan(session: Session, prepared: Prepared) -> None:
+    """Print what a run would do: parameters, steps, memory without activations, the first sample with its mask."""
+    settings, model = prepared.settings, prepared.model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    base_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    injected = inject(model, settings.config)
+    parameters = injected.parameters().values()
+    trainable = sum(parameter.numel() for parameter in parameters)
+    state = sum(parameter.numel() * parameter.itemsize for parameter in parameters) * 4  # itself, gradient, two moments
+    injected.remove()
+    plan = make_plan(prepared.loader, settings.config)
+    counted = prepared.counted
+    found: dict[str, Any] = {
+        "dry_run": True,
+        "targets": len(injected.targets),
+        "trainable": trainable,
+        "parameters": total,
+        "samples": len(counted.rows),
+        "truncated": counted.truncated,
+        "skipped": counted.skipped,
+        "steps": plan.total,
+        "bytes_of_base": base_bytes,
+        "bytes_of_training_state": state,
+        "first_sample": show(prepared.loader.rows[0], prepared.tokenizer),
+    }
+    if session.as_json:
+        emit(found)
+        return
+    click.echo(
+        facts(
+            {
+                "trained": f"{count(trainable)} parameters, {100 * trainable / total:.3g}% of {count(total)}, "
+                f"on {len(injected.targets)} targets",
+                "data": _data_line(counted),
+                "steps": str(plan.total),
+                "memory": f"{size(base_bytes)} base, {size(state)} training state, without activations",
+            }
+        )
+    )
+    click.echo(f"\nThe first sample; [[ ]] is learned:\n{found['first_sample']}")
+
+
+def run_training(session: Session, prepared: Prepared, name: RefName, *, resume: bool, force: bool) -> None:
+    """Train, store, and print what was made."""
+    settings, registry = prepared.settings, Registry(session.store_path)
+    _check_free(registry, name, force=force)
+    counted = prepared.counted
+    if counted.truncated or counted.skipped:
+        note(f"data: {_data_line(counted)}", quiet=session.quiet)
+    inputs = _inputs(prepared)
+    seen: list[Metrics] = []
+    total = make_plan(prepared.loader, settings.config).total
+    with _interruptible(session) as interrupted, _progress(session, total) as show_step:
+
+        def on_step(metrics: Metrics) -> None:
+            seen.append(metrics)
+            show_step(metrics)
+
+        try:
+            adapter = train(
+                prepared.model,
+                prepared.loader,
+                settings.config,
+                valid=prepared.valid,
+                inputs=inputs,
+                run=settings.run,
+                resume=resume,
+                on_step=on_step,
+                should_stop=interrupted,
+            )
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "the device is out of memory: lower batch-size (and raise grad-accum) or max-length, or give "
+                "--grad-checkpoint"
+            ) from error
+    if interrupted() and seen and seen[-1].step != total:
+        _say_how_to_go_on(settings, seen[-1].step)
+    if ranks.rank() > 0:
+        return
+    derivation = trained(settings.config, inputs, version=loraforge.__version__)
+    report = _report(_history(settings, seen))
+    put = registry.store.put(peft.encode(adapter), derivation=derivation, report=report, name=name, force=force)
+    described = describe(registry.store, put.digest, name)
+    if session.as_json:
+        emit(described.as_json())
+    else:
+        click.echo(line(described))
+
+
+def _inputs(prepared: Prepared) -> dict[str, Value]:
+    """What the run depends on beside its configuration: base and data by content, and how data becomes batches."""
+    said = prepared.settings.said
+    found: dict[str, Value] = {"base": str(base_digest(prepared.settings.base))}
+    found["data"] = str(data_digest(prepared.files))
+    own = ("batch_size", "max_length", "pack", "mask", "val_split")
+    return found | {key: said[key] for key in own if key in said}
+
+
+def _history(settings: TrainSettings, seen: list[Metrics]) -> list[Metrics]:
+    """All steps of a run, those before it was resumed too."""
+    if settings.run is None:
+        return seen
+    lines = (Path(settings.run).expanduser() / METRICS).read_text().splitlines()
+    return [Metrics(**json.loads(text)) for text in lines]
+
+
+def _report(steps: list[Metrics]) -> dict[str, Value]:
+    """The last loss and the best evaluation, six digits of each."""
+    found: dict[str, Value] = {"loss": _six(steps[-1].loss), "steps": steps[-1].step}
+    judged = [m.eval_loss for m in steps if m.eval_loss is not None and math.isfinite(m.eval_loss)]
+    return found | ({"eval_loss": _six(min(judged))} if judged else {})
+
+
+def _six(number: float) -> float:
+    return float(f"{number:.6g}")
+
+
+def _files(settings: TrainSettings) -> tuple[tuple[Path, ...], Path | None]:
+    """The file to train on and the one to evaluate on."""
+    data, valid = settings.data.expanduser(), settings.valid
+    if not data.is_dir():
+        return (data,), valid
+    if not (data / "train.jsonl").is_file():
+        raise NotFoundError(f"{data}: no train.jsonl there; expected train.jsonl and, to evaluate on, valid.jsonl")
+    beside = data / "valid.jsonl"
+    return (data / "train.jsonl",), valid or (beside if beside.is_file() else None)
+
+
+def _split(counted: Counted, settings: TrainSettings) -> tuple[Any, Any]:
+    """Set a share of the rows aside, chosen by the seed."""
+    if not settings.val_split:
+        return counted.rows, ()
+    number = max(1, round(len(counted.rows) * settings.val_split))
+    if number >= len(counted.rows):
+        raise TrainingError(f"{len(counted.rows)} samples are too few to set {number} aside: lower val_split")
+    generator = torch.Generator().manual_seed(settings.config.seed)
+    aside = set(torch.randperm(len(counted.rows), generator=generator)[:number].tolist())
+    rows = tuple(row for place, row in enumerate(counted.rows) if place not in aside)
+    return rows, tuple(counted.rows[place] for place in sorted(aside))
+
+
+def _data_line(counted: Counted) -> str:
+    cut = f", {counted.truncated} cut to max-length" if counted.truncated else ""
+    left = f", {counted.skipped} left out with nothing to learn" if counted.skipped else ""
+    return f"{len(counted.rows)} samples{cut}{left}"
+
+
+def _check_free(registry: Registry, name: RefName, *, force: bool) -> None:
+    """Find out before hours of training that the name is taken."""
+    taken = any(found.ref == name for found in registry.ls())
+    if taken and not force and name.tag != DEFAULT_TAG:
+        raise ConflictError(f"{name} means another adapter already: choose another tag, or move it with --force")
+
+
+@contextmanager
+def _interruptible(session: Session) -> Iterator[Callable[[], bool]]:
+    """Turn the first interrupt into a question that is answered after the step; a second one interrupts at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+        note("finishing this step; interrupt again to stop at once", quiet=session.quiet)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say_how_to_go_on(settings: TrainSettings, step: int) -> NoReturn:
+    kept = f"it is kept in {settings.run}: the same command with --resume goes on"
+    note(f"stopped after step {step}; {kept if settings.run else 'nothing was kept (with --run DIR checkpoints are)'}")
+    raise click.exceptions.Exit(130)
+
+
+@contextmanager
+def _progress(session: Session, total: int | None) -> Iterator[Callable[[Metrics], object]]:
+    """A bar on a terminal, else a line every so many steps; both on stderr."""
+    if session.quiet:
+        yield lambda _: None
+    elif not sys.stderr.isatty():
+        yield lambda metrics: _log(metrics, total)
+    else:
+        from tqdm import tqdm
+
+        with tqdm(desc="training", total=total, unit="step", leave=False, file=sys.stderr) as bar:
+
+            def step(metrics: Metrics) -> None:
+                bar.set_postfix_str(_line(metrics), refresh=False)
+                bar.update(metrics.step - bar.n)
+
+            yield step
+
+
+def _log(metrics: Metrics, total: int | None) -> None:
+    if metrics.step % _LOG_EVERY == 0 or metrics.step in (1, total) or metrics.eval_loss is not None:
+        note(f"step {metrics.step}{f'/{total}' if total else ''}  {_line(metrics)}")
+
+
+def _line(metrics: Metrics) -> str:
+    judged = "" if metrics.eval_loss is None else f"  eval {metrics.eval_loss:.4f}"
+    speed = metrics.tokens / max(metrics.seconds, 1e-9)
+    return f"loss {metrics.loss:.4f}{judged}  lr {metrics.lr:.3g}  |g| {metrics.grad_norm:.3g}  {speed:.0f} tok/s"

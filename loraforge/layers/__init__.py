@@ -1,0 +1,6 @@
+"""Low-rank updates on live modules: inject, attach, export, remove."""
+
+from loraforge.layers.config import INITS, Init, LoraConfig
+from loraforge.layers.inject import Injected, attach, inject
+
+__all__ = ["INITS", "Init", "Injected", "LoraConfig", "attach", "inject"]

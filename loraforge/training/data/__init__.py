@@ -1,0 +1,1 @@
+"""Data for training: lines of JSON, tokens and labels, batches."""

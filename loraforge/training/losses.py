@@ -1,0 +1,72 @@
+"""The loss of a batch: the model's own, without the head's rows for tokens that nobody learns.
+
+A causal model of transformers computes logits for every token, though most may be masked. Where its loss is the plain
+one, logits are asked for only at positions with a label in some row (``logits_to_keep``), and the loss is the same mean
+
+    -1/n sum_i log softmax(logits_i)[label_i]
+
+over the n labels. Vocabulary times masked tokens, four bytes each and once more for the gradient, are never held.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from loraforge.errors import TrainingError
+from loraforge.training.batches import IGNORED, Batch
+
+
+def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
+    """Run a model on a batch and return its loss.
+
+    Raises:
+        TrainingError: it returns none.
+    """
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        if isinstance(batch, Mapping):
+            if isinstance(batch.get("labels"), Tensor) and keeps_logits(model):
+                return _loss_at_labels(model, batch)
+            out = model(**batch)
+        else:
+            out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    return _found_in(out)
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model is a causal one with the plain loss that can be asked for some logits only."""
+    loss: Any = getattr(model, "loss_function", None)
+    router = getattr(getattr(model, "config", None), "output_router_logits", False)  # adds a loss of its own
+    return (
+        getattr(loss, "__name__", "") == "ForCausalLMLoss" and not router and _takes_logits_to_keep(type(model).forward)
+    )
+
+
+@functools.cache
+def _takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def _loss_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:]  # (rows, T): what follows each token
+    places = (labels != IGNORED).any(0).nonzero().flatten()
+    rest = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**rest, logits_to_keep=places).logits  # (rows, places, vocabulary)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, places].flatten(), ignore_index=IGNORED)
+
+
+def _found_in(out: Any) -> Tensor:  # noqa: ANN401 - whatever a model returns
+    loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if loss is None:
+        loss = out[0] if isinstance(out, (tuple, list)) and out else out
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TrainingError(
+            f"the model returned {type(out).__name__} without a loss: its forward must give a scalar, an object or "
+            "dict with 'loss', or a tuple that begins with it (transformers' models need 'labels' in the batch)"
+        )
+    return loss.reshape(()).float() if loss.dtype.itemsize < 4 else loss.reshape(())
