@@ -6,6 +6,7 @@ msgpack), the payload, and BLAKE3 of everything before.
 
 import os
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from blake3 import blake3
@@ -30,7 +31,7 @@ def write_container(path: Path, magic: bytes, document: Value, payload: Iterable
     hasher, position = blake3(), 0
     fd = output.open_new(path)
     try:
-        for piece in (magic + len(data).to_bytes(8, "little") + data, *payload):
+        for piece in chain([magic + len(data).to_bytes(8, "little") + data], payload):
             output.write_at(fd, piece, position, path)
             position += len(piece)
             hasher.update(piece)

@@ -33,7 +33,6 @@ Corrections: TypeAlias = tuple[Array, Array]
 """Ascending flat places, and what to add to the ordered bits there."""
 
 CHUNK = 131_072  # elements: their five buffers stay in a core's second cache, and Python's part is small beside them
-FUSED = 1 << 20  # elements of a chunk that is done in one pass
 _GATHERED = 1 << 20  # elements of factors that are gathered at a time
 _NOWHERE = np.empty(0, np.int64)
 _WORDS = 8  # bytes that are compared at a time
@@ -84,6 +83,11 @@ class Product:
     def reach(self) -> float:
         """What no ``sum_k |b_ik| |a_kj|`` is above (Cauchy, Schwarz)."""
         return self.b_norm * self.right.norm
+
+    @property
+    def fits_single(self) -> bool:
+        """Whether float32 holds the factors and their product, far from its end."""
+        return max(self.reach, self.b_norm, self.right.norm) < _FAR
 
     def gamma(self, unit: float, more: int) -> float:
         """The relative error of a sum of R + ``more`` terms in any order."""
@@ -148,7 +152,7 @@ def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Alloc
         return Rounded(values, largest_bits(values), differences(p, values))
     if dtype == torch.float64:
         return _rounded_twofold(p, product, values, back=back)
-    if fused.AVAILABLE and {p.dtype, dtype} == {torch.bfloat16} and product.reach < _FAR and p.shape[1] % 4 == 0:
+    if fused.AVAILABLE and {p.dtype, dtype} == {torch.bfloat16} and product.fits_single and p.shape[1] % 4 == 0:
         return _fused_sum(p, product, values, allocate, back=back)
     wide, radius = _interval(p, product, dtype)
     found = [_ends(p[rows], product.of(rows), radius, wide, values[rows], allocate, back=back) for rows in _chunks(p)]
@@ -166,22 +170,14 @@ def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Alloc
 def _fused_sum(p: Tensor, product: Product, values: Tensor, allocate: Allocate, *, back: bool) -> Rounded:
     """Do the same in one pass; what that leaves unproved is settled, and the way back from there found, as ever."""
     radius = 1.05 * (product.gamma(2.0**-24, 5) * product.reach + _lost(product, torch.float32))
-    found = []
-    for rows in _chunks(p, FUSED):
-        part = product.of(rows)
-        sums, factors = _product(part, torch.float32, allocate), (part.left.b, part.right.a)
-        one = fused.one_pass(p[rows], sums, radius, values[rows], factors, part.gamma(_UNIT, 2), allocate, back=back)
-        found.append(one.behind(rows.start * p.shape[1]))
-    top, seen = max(one.top for one in found), sum((one.seen for one in found), Fidelity())
-    unproved = np.concatenate([one.unproved for one in found])
+    sums, factors = _product(product, torch.float32, allocate), (product.left.b, product.right.a)
+    found = fused.one_pass(p, sums, radius, values, factors, product.gamma(_UNIT, 2), allocate, back=back)
+    top, corrections, unproved = found.top, (found.places, found.units), found.unproved
     if len(unproved):
         bits_of(values).reshape(-1)[unproved] = bits_of(settle(p, product, unproved, values.dtype))
         top = largest_bits(values)
-    if not back:
-        return Rounded(values, top, None, seen)
-    places, units = (np.concatenate([getattr(one, part) for one in found]) for part in ("places", "units"))
-    rest = _way_back(p, values, product, unproved)
-    return Rounded(values, top, _merged((places, units), rest) if len(rest[0]) else (places, units), seen)
+        corrections = _merged(corrections, _way_back(p, values, product, unproved)) if back else corrections
+    return Rounded(values, top, corrections if back else None, found.seen)
 
 
 def settle(p: Tensor, product: Product, places: Array, dtype: torch.dtype, near: Estimate | None = None) -> Tensor:
@@ -216,8 +212,8 @@ def corrected(found: Tensor, corrections: Corrections) -> Tensor:
     return found
 
 
-def _chunks(p: Tensor, elements: int = CHUNK) -> Iterator[slice]:
-    step = max(1, elements // p.shape[1])
+def _chunks(p: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK // p.shape[1])
     return (slice(first, min(first + step, p.shape[0])) for first in range(0, p.shape[0], step))
 
 
@@ -229,7 +225,8 @@ def _interval(p: Tensor, product: Product, dtype: torch.dtype) -> tuple[torch.dt
     """
     reach, size = product.reach, largest(p)
     short = dtype.itemsize == 2
-    wide = torch.float32 if short and p.itemsize == 2 and reach + size < _FAR else torch.float64
+    single = short and p.itemsize == 2 and product.fits_single and reach + size < _FAR
+    wide = torch.float32 if single else torch.float64
     unit = torch.finfo(wide).eps / 2
     last = torch.finfo(torch.float32).eps / 2 if short else unit
     return wide, 1.05 * (product.gamma(unit, 5) * reach + 3 * last * (reach + size) + _lost(product, wide))

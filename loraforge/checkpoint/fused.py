@@ -5,7 +5,7 @@ third of the time; and since Python is not asked in between, threads run side by
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -218,10 +218,6 @@ class Passed:
     units: Array
     unproved: Array
     seen: Fidelity
-
-    def behind(self, first: int) -> "Passed":
-        """Return the same for a block in which this chunk begins at flat place ``first``."""
-        return replace(self, places=self.places + first, unproved=self.unproved + first)
 
 
 def one_pass(  # noqa: PLR0913 - a kernel's arrays

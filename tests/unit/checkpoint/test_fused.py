@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraforge.checkpoint import exact, fused
+from loraforge.checkpoint import fused
 from loraforge.checkpoint.exact import Columns, Left, Product, column_norm, corrected, rounded_sum
 from loraforge.checkpoint.floats import bits_of, round_once
 from loraforge.checkpoint.workspace import Workspace
@@ -101,6 +101,17 @@ def test_what_overflows_becomes_infinity_and_what_does_not_stays(monkeypatch):
         assert (bits_of(found.values) == bits_of(slowly(monkeypatch, p, product, back=False).values)).all()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_factors_beyond_float32_whose_product_is_not(compiled, monkeypatch):
+    monkeypatch.setattr(fused, "AVAILABLE", compiled)
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(8, 16, generator=generator).to(BF16)
+    b, a = torch.randn(8, 3, generator=generator).double() * 1e200, torch.randn(3, 16, generator=generator) * 1e-38
+    a = a.double() * 1e-164
+    found = rounded_sum(p, product_of(b, a), BF16, Workspace(), back=True)
+    assert (bits_of(found.values) == bits_of(rounded_once(p.double(), b, a, BF16))).all()
+
+
 def test_rounding_of_single_numbers():
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 2**64, 200_000, dtype=np.uint64)
@@ -128,4 +139,3 @@ def test_blocks_of_other_shapes_take_the_loop(monkeypatch):
     p, b, a = torch.ones(3, 5, dtype=BF16), torch.ones(3, 1), torch.full((1, 5), 2.0**-8)
     monkeypatch.setattr(fused, "one_pass", lambda *_, **__: pytest.fail("five is no multiple of four"))
     assert rounded_sum(p, product_of(b, a), BF16, Workspace()).values.tolist() == [[1.0] * 5] * 3
-    assert exact.FUSED % 4 == 0
