@@ -237,3 +237,13 @@ def test_what_a_killed_run_left_for_a_longer_name_is_not_swept(base, tmp_path):
     lf.merge(base(), adapter(0.01), tmp_path / "merged")
     assert others.exists()
     assert not ours.exists()
+
+
+def test_an_output_inside_an_adapter_is_refused(base, tmp_path):
+    lf.save(adapter(0.01), tmp_path / "french")
+    with pytest.raises(ConflictError, match="inside the input"):
+        lf.merge(base(), tmp_path / "french", tmp_path / "french" / "merged")
+    lf.merge(base(), [(tmp_path / "french", 1.0)], tmp_path / "merged")
+    with pytest.raises(ConflictError, match="inside the input"):
+        lf.unmerge(tmp_path / "merged", tmp_path / "french" / "again", adapters=[tmp_path / "french"])
+    assert not [path for path in (tmp_path / "french").iterdir() if path.is_dir()]
