@@ -13,7 +13,7 @@ from loraforge.checkpoint.plan import plan_changes
 from loraforge.checkpoint.reader import Checkpoint, open_checkpoint
 from loraforge.checkpoint.receipt import Receipt, Record, Used
 from loraforge.checkpoint.result import MergeResult, check_tensors, prove, results_of, untouched_record
-from loraforge.checkpoint.sources import Source, find_adapters, ingredients_of, plan_undo, receipt_of
+from loraforge.checkpoint.sources import Source, check_outside, find_adapters, ingredients_of, plan_undo, receipt_of
 from loraforge.checkpoint.staging import left_out, staging
 from loraforge.errors import NotFoundError
 from loraforge.registry import Registry
@@ -63,9 +63,10 @@ def merge(
     Raises:
         CompositionError: a target that finds no tensor, shapes that differ, what cannot be merged.
         NumericalError: NaN or infinity, in the base, an adapter or the result.
-        ConflictError: ``out`` exists or lies in the base; or the base changed meanwhile.
+        ConflictError: ``out`` exists or lies in the base or an adapter; or the base changed meanwhile.
         InputOutputError: it cannot be read or written.
     """
+    check_outside(expand(out), adapters)
     used, ingredients = ingredients_of(adapters, registry)
     inplace.finish(expand(base), [ingredient.adapter for ingredient in ingredients], registry)
     with open_checkpoint(base) as checkpoint:
@@ -114,6 +115,7 @@ def unmerge(
         NotFoundError: no receipt, or an adapter that is nowhere to be found.
         ConflictError: a tensor is not the one that the merge left; nothing is written.
     """
+    check_outside(expand(out), adapters)
     inplace.finish(expand(merged), adapters, registry)
     with open_checkpoint(merged) as checkpoint:
         file = receipt_of(checkpoint, receipt)

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from loraforge.adapter import Adapter, content_id, named_tensors
@@ -16,7 +17,7 @@ from loraforge.checkpoint.receipt import NAME as RECEIPT
 from loraforge.checkpoint.receipt import Receipt, ReceiptFile, Used
 from loraforge.errors import CompositionError, ConflictError, NotFoundError
 from loraforge.registry import Registry, load
-from loraforge_registry.paths import AnyPath, expand
+from loraforge_registry.paths import AnyPath, expand, is_path
 
 Source: TypeAlias = Adapter | AnyPath
 
@@ -25,10 +26,8 @@ def ingredients_of(
     adapters: "Source | Sequence[Source | tuple[Source, float]]", registry: Registry | None
 ) -> tuple[tuple[Used, ...], list[Ingredient]]:
     """Load adapters, and say which they are."""
-    given = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else list(adapters)
     used, ingredients = [], []
-    for number, item in enumerate(given):
-        source, weight = item if isinstance(item, tuple) else (item, 1.0)
+    for number, (source, weight) in enumerate(_weighted(adapters)):
         if not math.isfinite(weight):
             raise CompositionError(f"a weight is {weight}; expected a finite number")
         adapter = _opened(source, registry)
@@ -37,6 +36,19 @@ def ingredients_of(
         used.append(Used(label, float(weight) + 0.0, content_id(adapter), digest))
         ingredients.append(Ingredient(adapter, float(weight), label))
     return tuple(used), ingredients
+
+
+def check_outside(out: Path, adapters: "Source | Sequence[Source | tuple[Source, float]]") -> None:
+    """Refuse an output in the directory of an adapter that goes in.
+
+    Raises:
+        ConflictError: naming both.
+    """
+    for source, _ in _weighted(adapters):
+        if isinstance(source, Adapter) or not is_path(source):
+            continue
+        if out.resolve().is_relative_to(expand(source).resolve()):
+            raise ConflictError(f"{out} is inside the input {source}; name a directory elsewhere")
 
 
 def find_adapters(receipt: Receipt, given: Sequence[Source], registry: Registry | None) -> list[Ingredient]:
@@ -61,6 +73,11 @@ def find_adapters(receipt: Receipt, given: Sequence[Source], registry: Registry 
             adapter = _opened(str(digest), registry)
         found.append(Ingredient(adapter, used.weight, used.label))
     return found
+
+
+def _weighted(adapters: "Source | Sequence[Source | tuple[Source, float]]") -> list[tuple[Source, float]]:
+    given = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else list(adapters)
+    return [item if isinstance(item, tuple) else (item, 1.0) for item in given]
 
 
 def _opened(source: Source, registry: Registry | None) -> Adapter:

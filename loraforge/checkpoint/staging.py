@@ -1,9 +1,12 @@
 """Where an output is made: a hidden directory beside it, which becomes the output by one rename, or never.
 
     .<name>.<key>.loraforge/
-        <shard>.part        the shards, under names that no loader takes, until all of them are whole
-        undo.part           undo records, in the order in which tensors were done
-        progress            one line for each tensor that is done; a second run believes what its digests still prove
+        loraforge.<shard>.part  the shards, under names that no loader takes, until all of them are whole
+        loraforge.undo          undo records, in the order in which tensors were done
+        loraforge.progress      one frame for each tensor that is done; a second run believes what its digests prove
+
+What comes along from the base never has such a name (``travelling``), so a stray ``model.safetensors.part`` in it
+cannot take the place of a shard.
 
 The key says what is being made (base, adapters, weights), so a run that was killed is taken up by the same command
 and by no other; what another one left is swept away.
@@ -35,11 +38,11 @@ from loraforge.errors import ConflictError
 from loraforge_registry import canonical
 from loraforge_registry.digest import Digest
 
-_PART = ".part"
-_UNDO = "undo.part"
-_PROGRESS = "progress"
 _END = ".loraforge"
 _OURS = "loraforge."  # receipts, journals: they say something of the base, and nothing of what is made from it
+_PART = ".part"
+_UNDO = _OURS + "undo"
+_PROGRESS = _OURS + "progress"
 # Weights in other formats would be those of the base, beside a merged model.
 STALE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".lock")
 
@@ -54,7 +57,7 @@ def staging(base: Checkpoint, out: Path, key: Digest) -> Iterator["Staging"]:
         ConflictError: ``out`` is there, lies inside the base, or is being written by another process.
     """
     check_place(base, out)
-    directory = out.parent / f".{out.name[:100]}.{key.short}{_END}"
+    directory = out.parent / _hidden(out, key.short)
     output.make_directory(directory)
     with ExitStack() as stack:
         stack.enter_context(output.locked(directory, str(out)))
@@ -144,7 +147,7 @@ class Staging:
         output.remove(self._directory / _UNDO)
         output.remove(self._directory / _PROGRESS)
         for name in self._fds:
-            output.rename(self._directory / (name + _PART), self._directory / name)
+            output.rename(self._directory / part_of(name), self._directory / name)
         output.sync_directory(self._directory)
         check_place(self._base, self._out)
         output.rename(self._directory, self._out)
@@ -154,8 +157,8 @@ class Staging:
     def _open_shard(self, stack: ExitStack, name: str, shard: Shard) -> int:
         """Open a shard in the making: a copy that shares the base's blocks where the file system can, else empty."""
         if (self._directory / name).exists():
-            output.rename(self._directory / name, self._directory / (name + _PART))  # killed as it was about to appear
-        fd = self._open(stack, name + _PART)
+            output.rename(self._directory / name, self._directory / part_of(name))  # killed as it was about to appear
+        fd = self._open(stack, part_of(name))
         if os.fstat(fd).st_size != shard.stamp.size:
             if output.clone(shard.fd, fd, self._directory / name):
                 self._cloned.add(name)
@@ -192,6 +195,11 @@ class Staging:
         return write_receipt(self._directory / RECEIPT, ordered, payload)
 
 
+def part_of(shard: str) -> str:
+    """Return what a shard in the making is called."""
+    return _OURS + shard + _PART
+
+
 def travelling(base: Checkpoint) -> list[str]:
     """Return the files that come along: configuration, tokenizer, licence, but no weights in other formats."""
     return [name for name in base.others if not name.endswith(STALE) and not name.startswith(_OURS)]
@@ -202,10 +210,16 @@ def left_out(base: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name in base.others if name.endswith(STALE) and not name.startswith(_OURS))
 
 
+def _hidden(out: Path, key: str) -> str:
+    return f".{out.name[:100]}.{key}{_END}"
+
+
 def _sweep(out: Path, keep: Path) -> None:
     """Remove what killed runs of other commands left for the same output; not what one is writing now."""
     for path in out.parent.glob(f".{glob.escape(out.name[:100])}.*{_END}"):
-        if path != keep and path.is_dir() and not path.is_symlink():
+        key = path.name.removesuffix(_END).rpartition(".")[2]
+        is_ours = path.name == _hidden(out, key)  # not that of an output whose name goes on with a dot
+        if is_ours and path != keep and path.is_dir() and not path.is_symlink():
             with suppress(ConflictError), output.locked(path, str(out)):
                 output.remove_directory(path)
 

@@ -214,7 +214,7 @@ def _publish_first(stage: staging.Staging, receipt: object) -> int:
 # Mistakes that a change could make, to see that they would be found: (where, what, the mistake).
 MUTANTS: dict[str, tuple[object, str, object]] = {
     "shards stay under their names": (journal, "ASIDE", ""),
-    "shards are made under their names": (staging, "_PART", ""),
+    "shards are made under their names": (staging, "part_of", lambda shard: shard),
     "the output appears first": (staging.Staging, "publish", _publish_first),
     "nothing is made durable": (output, "sync", lambda *_: None),
     "nothing is put away": (output, "remove", lambda *_: None),

@@ -41,4 +41,4 @@ def command(
             result = unmerge(
                 merged, out, only=only, adapters=adapters, registry=registry, receipt=receipt, progress=progress
             )
-    print_unmerge(session, result, all_of_them=not only)
+    print_unmerge(session, result, all_of_them=not only or not result.receipt_size)

@@ -214,3 +214,36 @@ def test_the_rest_of_the_directory_comes_along(base, tmp_path):
     assert (tmp_path / "merged" / "tokenizer.json").exists()
     assert result.left_out == ("pytorch_model.bin",)
     assert not (tmp_path / "merged" / "pytorch_model.bin").exists()
+
+
+def test_no_file_of_the_base_can_take_the_place_of_a_shard_in_the_making(base, tmp_path):
+    folder = base()
+    strays = ["model.safetensors.part", "undo.part", "progress"]
+    for name in strays:
+        (folder / name).write_text("of a download that was cut off")
+    lf.merge(folder, adapter(0.01), tmp_path / "merged")
+    for name in strays:
+        (folder / name).unlink()
+    lf.merge(folder, adapter(0.01), tmp_path / "clean")
+    assert weights(tmp_path / "merged") == weights(tmp_path / "clean")
+    assert all((tmp_path / "merged" / name).exists() for name in strays)
+    assert lf.verify_merge(tmp_path / "merged", adapters=[adapter(0.01)]).holds
+
+
+def test_what_a_killed_run_left_for_a_longer_name_is_not_swept(base, tmp_path):
+    others, ours = tmp_path / ".merged.v2.0123456789ab.loraforge", tmp_path / ".merged.0123456789ab.loraforge"
+    others.mkdir()
+    ours.mkdir()
+    lf.merge(base(), adapter(0.01), tmp_path / "merged")
+    assert others.exists()
+    assert not ours.exists()
+
+
+def test_an_output_inside_an_adapter_is_refused(base, tmp_path):
+    lf.save(adapter(0.01), tmp_path / "french")
+    with pytest.raises(ConflictError, match="inside the input"):
+        lf.merge(base(), tmp_path / "french", tmp_path / "french" / "merged")
+    lf.merge(base(), [(tmp_path / "french", 1.0)], tmp_path / "merged")
+    with pytest.raises(ConflictError, match="inside the input"):
+        lf.unmerge(tmp_path / "merged", tmp_path / "french" / "again", adapters=[tmp_path / "french"])
+    assert not [path for path in (tmp_path / "french").iterdir() if path.is_dir()]

@@ -1,0 +1,34 @@
+"""merge, unmerge and verify as commands: what they say."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import loraforge as lf
+from loraforge.adapter import LowRank
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def merged(tmp_path, run):
+    """A base with french and law merged in."""
+    generator = torch.Generator().manual_seed(0)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({f"{Q}.weight": torch.randn(32, 16, generator=generator).bfloat16()}, base / "model.safetensors")
+    for name in ("french", "law"):
+        pair = LowRank("linear", torch.randn(2, 16, generator=generator), torch.randn(32, 2, generator=generator), 2)
+        lf.save(lf.Adapter({Q: pair}), tmp_path / name)
+        assert run("push", tmp_path / name, f"{name}:v1").code == 0
+    assert run("merge", base, "french:v1", "law:v1=0.5", "--out", tmp_path / "merged").code == 0
+    return tmp_path / "merged"
+
+
+def test_a_new_receipt_is_told_of_where_there_is_one(merged, tmp_path, run):
+    some = run("unmerge", merged, "--only", "law:v1", "--out", tmp_path / "some")
+    assert "with a new receipt" in some.out
+    assert (tmp_path / "some" / "loraforge.receipt").exists()
+    every = run("unmerge", merged, "--only", "law:v1", "--only", "french:v1", "--out", tmp_path / "every")
+    assert "every digest is the base's" in every.out
+    assert not (tmp_path / "every" / "loraforge.receipt").exists()
