@@ -21,7 +21,6 @@ from torch import Tensor
 
 from loraforge.adapter.mapped import discard
 from loraforge.checkpoint.exact import Columns, Corrections, Left, Product, column_norm, differences, rounded_sum
-from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.floats import Array, round_pair
 from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import NumericalError
@@ -35,13 +34,12 @@ ReadRows: TypeAlias = Callable[[slice], Tensor]
 class Outcome:
     """New values of a block, and what the way back from them misses, where it was asked for.
 
-    ``top``, the bits of the greatest value, and ``seen``, how some elements fared, are there where they cost nothing.
+    ``top``, the bits of the greatest value, is there where it costs nothing.
     """
 
     values: Tensor
     back: Corrections | None = None
     top: int | None = None
-    seen: Fidelity | None = None
 
 
 class Change(Protocol):
@@ -143,7 +141,7 @@ class Sum:
     def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
         """Return ``RN(W + dW)``."""
         found = rounded_sum(block, self.delta.rows(rows), block.dtype, space, back=back)
-        return Outcome(found.values, found.back, found.top, found.seen)
+        return Outcome(found.values, found.back, found.top)
 
     def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
         """Return ``RN(W' - dW)``."""

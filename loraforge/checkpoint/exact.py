@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from loraforge.checkpoint import fused
-from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.floats import FORMATS, Allocate, Array, bits_of, largest, largest_bits, ordered, round_once
 from loraforge.checkpoint.twofold import dot_at
 
@@ -107,14 +106,13 @@ class Product:
 class Rounded:
     """``values`` is the result, and ``top`` the bits of the greatest magnitude in it.
 
-    ``seen`` tells how some of the elements fared, where that costs nothing. ``back`` is what to add to ``rounded_sum``
-    of the values and the negated product to have P again, where that was asked for.
+    ``back`` is what to add to ``rounded_sum`` of the values and the negated product to have P again, where that was
+    asked for.
     """
 
     values: Tensor
     top: int
     back: Corrections | None = None
-    seen: Fidelity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ def _fused_sum(p: Tensor, product: Product, values: Tensor, allocate: Allocate, 
         bits_of(values).reshape(-1)[unproved] = bits_of(settle(p, product, unproved, values.dtype))
         top = largest_bits(values)
         corrections = _merged(corrections, _way_back(p, values, product, unproved)) if back else corrections
-    return Rounded(values, top, corrections if back else None, found.seen)
+    return Rounded(values, top, corrections if back else None)
 
 
 def settle(p: Tensor, product: Product, places: Array, dtype: torch.dtype, near: Estimate | None = None) -> Tensor:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraforge.checkpoint.fidelity import Fidelity
 from loraforge.checkpoint.floats import Allocate, Array, bits_of
 
 try:
@@ -24,7 +23,6 @@ else:
     AVAILABLE = True
     U16, U32, I16, I32, F32, F64 = np.uint16, np.uint32, np.int16, np.int32, np.float32, np.float64
     TILE = 4096  # elements, whose buffers stay in a core's first cache
-    SEEN = 64  # elements of a tile are measured
     UNIT = F32(2.1 * 2.0**-24)  # of the sum's own size: for the last addition, and for that of the bound
 
     _compiled = njit(nogil=True, cache=True, error_model="numpy")
@@ -152,17 +150,7 @@ else:
         return low, high
 
     @_compiled
-    def _measure(p, sums, values, seen):
-        """Add |dW|^2, |(W' - W) - dW|^2, how many bits changed and of how many."""
-        for j in range(p.size):
-            lost = F64(_value(values[j])) - F64(_value(p[j])) - F64(sums[j])
-            seen[0] += F64(sums[j]) * F64(sums[j])
-            seen[1] += lost * lost
-            seen[2] += p[j] != values[j]
-        seen[3] += p.size
-
-    @_compiled
-    def _pass(p, sums, radius, values, b, a, gamma, back, flags, marks, places, units, unproved, seen):  # noqa: C901, PLR0913, PLR0917
+    def _pass(p, sums, radius, values, b, a, gamma, back, flags, marks, places, units, unproved):  # noqa: C901, PLR0913, PLR0917
         """Round, and decide what is flagged; return the greatest, how many corrections there are, how many unproved."""
         found, left, top = 0, 0, U16(0)
         for start in range(0, p.size, TILE):
@@ -202,10 +190,6 @@ else:
                     units[found] = -step
                     found += 1
             top = max(top, _top(values[tile]))
-            # a part of every tile, another each time, so that all rows and columns are seen
-            first = start + start // TILE * 29 % (size // SEEN + 1) * SEEN
-            some = slice(first, min(first + SEEN, start + size))
-            _measure(p[some], sums[some], values[some], seen)
         return top, found, left
 
 
@@ -217,7 +201,6 @@ class Passed:
     places: Array
     units: Array
     unproved: Array
-    seen: Fidelity
 
 
 def one_pass(  # noqa: PLR0913 - a kernel's arrays
@@ -239,15 +222,14 @@ def one_pass(  # noqa: PLR0913 - a kernel's arrays
     old, new = (bits_of(tensor).reshape(-1).view(np.uint16) for tensor in (p, values))
     places, units, unproved = (bits_of(allocate(n, torch.int32, tuple(p.shape))).reshape(-1) for n in ("at", "by", "?"))
     flags, marks = np.empty(TILE, np.uint16), np.empty(2 * TILE + 8, np.int32)
-    b, a, seen = factors[0].numpy(), factors[1].numpy(), np.zeros(4)
+    b, a = factors[0].numpy(), factors[1].numpy()
     top, found, left = _pass(
         old, sums.numpy().reshape(-1), np.float32(radius), new, b, a, gamma, back,
-        flags, marks, places, units, unproved, seen,
+        flags, marks, places, units, unproved,
     )  # fmt: skip
     return Passed(
         int(top),
         places[:found].astype(np.int64),
         units[:found].astype(np.int16),
         unproved[:left].astype(np.int64),
-        Fidelity(float(seen[0]), float(seen[1]), int(seen[2]), int(seen[3])),
     )

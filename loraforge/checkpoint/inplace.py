@@ -23,9 +23,18 @@ from loraforge.checkpoint.journal import JOURNAL, NEW, InUnits, Sums
 from loraforge.checkpoint.plan import Ingredient, plan_changes
 from loraforge.checkpoint.reader import Checkpoint, open_checkpoint
 from loraforge.checkpoint.receipt import NAME as RECEIPT
-from loraforge.checkpoint.receipt import Receipt, ReceiptFile, Record, Used, in_order, record_of_done, write_receipt
+from loraforge.checkpoint.receipt import (
+    Receipt,
+    ReceiptFile,
+    Record,
+    Used,
+    in_order,
+    merged_already,
+    record_of_done,
+    write_receipt,
+)
 from loraforge.checkpoint.result import MergeResult, check_tensors, prove, result_of, untouched_records
-from loraforge.checkpoint.sources import Source, find_adapters, ingredients_of, plan_undo, receipt_of
+from loraforge.checkpoint.sources import Source, check_unchanged, find_adapters, ingredients_of, plan_undo, receipt_of
 from loraforge.errors import ConflictError, NotFoundError
 from loraforge.registry import Registry
 from loraforge_registry.paths import AnyPath, expand
@@ -61,7 +70,7 @@ def merge_in_place(
             with open_checkpoint(directory) as checkpoint:
                 changes = plan_changes(checkpoint, ingredients, compute=compute)
                 jobs = [Job(checkpoint.tensors[name], change) for name, change in changes.items()]
-                _prepare_merge(checkpoint, jobs, used, compute)
+                _prepare_merge(checkpoint, jobs, used, compute, ingredients)
             finished = _finish(directory, known, registry)
         assert finished is not None, "a journal was there"  # noqa: S101 - written just now, or checked above
         with open_checkpoint(directory) as checkpoint:
@@ -121,7 +130,13 @@ def finish(directory: Path, adapters: Sequence[Source] = (), registry: Registry 
             _finish(directory, adapters, registry)
 
 
-def _prepare_merge(checkpoint: Checkpoint, jobs: Sequence[Job], used: tuple[Used, ...], compute: str) -> None:
+def _prepare_merge(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    used: tuple[Used, ...],
+    compute: str,
+    ingredients: Sequence[Ingredient],
+) -> None:
     """Step 1: the receipt and the journal, from one pass that changes nothing."""
     directory = checkpoint.path
     journal.check_in_place(checkpoint, [job.tensor.entry.name for job in jobs])
@@ -146,6 +161,7 @@ def _prepare_merge(checkpoint: Checkpoint, jobs: Sequence[Job], used: tuple[Used
         os.close(undo)
         output.remove(directory / _UNDO)
     checkpoint.check_unchanged()
+    check_unchanged(used, ingredients)
     journal.begin(checkpoint, "merge", sums)
 
 
@@ -228,9 +244,8 @@ def _put_in_order(directory: Path, *, merging: bool) -> None:
 
 
 def _check_clean(directory: Path) -> None:
-    if (directory / RECEIPT).exists():
-        labels = ", ".join(used.label for used in ReceiptFile(directory / RECEIPT).receipt.used)
-        raise ConflictError(f"{directory} has {labels} merged in already; unmerge that first, or give --out")
+    if labels := merged_already(directory):
+        raise ConflictError(f"{directory} has {', '.join(labels)} merged in already; unmerge that first, or give --out")
 
 
 def _same(first: Sequence[Used], second: Sequence[Used]) -> bool:

@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, TypeAlias
 from loraforge.checkpoint import inplace
 from loraforge.checkpoint.changes import Change
 from loraforge.checkpoint.engine import Job, run_jobs
-from loraforge.checkpoint.plan import plan_changes
+from loraforge.checkpoint.plan import Ingredient, plan_changes
 from loraforge.checkpoint.reader import Checkpoint, open_checkpoint
 from loraforge.checkpoint.receipt import Receipt, Record, Used
 from loraforge.checkpoint.result import MergeResult, check_tensors, prove, results_of, untouched_record
-from loraforge.checkpoint.sources import Source, check_outside, find_adapters, ingredients_of, plan_undo, receipt_of
+from loraforge.checkpoint.sources import (
+    Source,
+    check_outside,
+    check_unchanged,
+    find_adapters,
+    ingredients_of,
+    plan_undo,
+    receipt_of,
+)
 from loraforge.checkpoint.staging import left_out, staging
 from loraforge.errors import NotFoundError
 from loraforge.registry import Registry
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int], object]
 """Called with the number of bytes that have just been done."""
 
-_KEY = "loraforge.merge/1"  # another number where equal inputs would give other bytes
+_KEY = "loraforge.merge/2"  # another number where equal inputs would give other bytes
 
 
 def merge(
@@ -73,7 +81,7 @@ def merge(
         changes = plan_changes(checkpoint, ingredients, compute=compute)
         jobs = [Job(checkpoint.tensors[name], change) for name, change in changes.items()]
         key = _key(checkpoint, used, compute, receipt=receipt)
-        return _write(checkpoint, jobs, expand(out), key, _Recipe(used, compute, receipt), progress)
+        return _write(checkpoint, jobs, expand(out), key, _Recipe(used, compute, receipt, ingredients), progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ class _Recipe:
     used: tuple[Used, ...]
     compute: str
     receipt: bool
+    ingredients: Sequence[Ingredient]
 
 
 def unmerge(
@@ -121,28 +130,25 @@ def unmerge(
         file = receipt_of(checkpoint, receipt)
         check_tensors(checkpoint, file.receipt)
         undo = plan_undo(checkpoint, file, find_adapters(file.receipt, adapters, registry))
-        out_used = _taken_out(file.receipt, [only] if isinstance(only, str) else only)
-        rest = [used for used in file.receipt.used if used not in out_used]
+        rest = _staying(file.receipt, [only] if isinstance(only, str) else only)
         kept = find_adapters(replace(file.receipt, used=tuple(rest)), adapters, registry) if rest else []
         changes = plan_changes(checkpoint, kept, compute=file.receipt.compute, undoing=True) if kept else {}
         jobs = [Job(checkpoint.tensors[name], changes.get(name), undo[name]) for name in undo]
-        recipe = _Recipe(tuple(rest), file.receipt.compute, receipt=bool(rest))
+        recipe = _Recipe(tuple(rest), file.receipt.compute, receipt=bool(rest), ingredients=kept)
         key = _key(checkpoint, file.receipt.used, file.receipt.compute, receipt=True, rest=rest)
         return _write(checkpoint, jobs, expand(out), key, recipe, progress, file.receipt)
 
 
-def _taken_out(receipt: Receipt, only: Sequence[str]) -> list[Used]:
-    """Return the adapters that ``only`` names; all where it names none."""
-    if not only:
-        return list(receipt.used)
-    found: list[Used] = []
+def _staying(receipt: Receipt, only: Sequence[str]) -> list[Used]:
+    """Return the adapters that stay where ``only`` names those that go; none where it names none."""
+    rest = list(receipt.used) if only else []
     for name in only:
-        fits = [used for used in receipt.used if name in _names(used)]
-        if len(fits) != 1:
+        fits = [used for used in rest if name in _names(used)]
+        if len(set(fits)) != 1:  # of one that went in twice, either goes
             there = ", ".join(used.label for used in receipt.used)
             raise NotFoundError(f"{len(fits)} adapters of this merge are called {name!r}; it has {there}")
-        found += fits
-    return found
+        rest.remove(fits[0])
+    return rest
 
 
 def _names(used: Used) -> set[str]:
@@ -181,6 +187,7 @@ def _write(
             if progress is not None:
                 progress(done.tensor.nbytes)
         checkpoint.check_unchanged()
+        check_unchanged(recipe.used, recipe.ingredients)
         fidelity |= {name: record.fidelity for name, record in stage.records().items()}
         receipt = Receipt(recipe.used, recipe.compute, rest | stage.records()) if hashed else None
         size = stage.publish(receipt if recipe.receipt else None)

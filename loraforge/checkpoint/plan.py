@@ -79,6 +79,8 @@ def _change(name: str, parts: _Contributions, total: type[Sum]) -> Change:
 def _same_values(first: Change, other: Change) -> bool:
     if isinstance(first, Replaced) and isinstance(other, Replaced):
         return torch.equal(first.values, other.values)
+    if isinstance(first, Rows) and isinstance(other, Rows):
+        return first.places == other.places and torch.equal(first.values, other.values)
     return first is other
 
 

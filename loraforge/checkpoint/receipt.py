@@ -128,6 +128,12 @@ class ReceiptFile:
         return decode(data, entry.elements, (entry.end - entry.begin) // max(entry.elements, 1) or 1)
 
 
+def merged_already(directory: Path) -> list[str]:
+    """Return the labels of the adapters that a merge's receipt in a directory names; none without a receipt."""
+    path = directory / NAME
+    return [used.label for used in ReceiptFile(path).receipt.used] if path.is_file() else []
+
+
 def record_of_done(done: Done, kind: str, begin: int) -> Record:
     """Return the record of a tensor whose undo record lies at ``begin``."""
     assert done.original is not None, "hashed"  # noqa: S101 - run_jobs hashes unless told not to

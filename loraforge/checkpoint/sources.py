@@ -89,6 +89,21 @@ def _opened(source: Source, registry: Registry | None) -> Adapter:
     return adapter
 
 
+def check_unchanged(used: Sequence[Used], ingredients: Sequence[Ingredient]) -> None:
+    """Refuse what was made of files that somebody has written into meanwhile; what lies in a store never changes.
+
+    Cost: reads those adapters once more.
+
+    Raises:
+        ConflictError: naming the adapter.
+    """
+    for said, ingredient in zip(used, ingredients, strict=True):
+        if ingredient.adapter.origin is None and content_id(ingredient.adapter) != said.content_id:
+            raise ConflictError(
+                f"{said.label} changed while it was read; nothing was written. Try again when nobody writes to it"
+            )
+
+
 def plan_undo(
     checkpoint: Checkpoint, file: ReceiptFile, ingredients: Sequence[Ingredient], *, compute: str = "exact"
 ) -> dict[str, Undo]:

@@ -14,8 +14,10 @@ def expand(path: AnyPath) -> Path:
     """Return a path with ``~`` replaced.
 
     Raises:
-        NotFoundError: there is no such user.
+        NotFoundError: there is no such user, or the path is empty: pathlib would take the current directory.
     """
+    if not os.fspath(path):
+        raise NotFoundError("an empty path; name a file or directory")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -32,3 +32,16 @@ def test_a_new_receipt_is_told_of_where_there_is_one(merged, tmp_path, run):
     every = run("unmerge", merged, "--only", "law:v1", "--only", "french:v1", "--out", tmp_path / "every")
     assert "every digest is the base's" in every.out
     assert not (tmp_path / "every" / "loraforge.receipt").exists()
+
+
+def test_a_merge_into_a_merged_checkpoint_says_what_stays_in(merged, tmp_path, run):
+    again = run("merge", merged, "french:v1", "--out", tmp_path / "again")
+    assert again.code == 0
+    assert "french:v1, law:v1 merged in already" in again.err
+
+
+def test_an_empty_path_is_not_the_current_directory(merged, tmp_path, run):
+    for arguments in (("merge", "", "french:v1", "--out", tmp_path / "x"), ("merge", merged, "french:v1", "--out", "")):
+        found = run(*arguments)
+        assert found.code == 3
+        assert "an empty path" in found.err

@@ -3,6 +3,8 @@
 import click
 
 from loraforge_cli.options import SOURCE, Session, common, refuse_url, weighted
+from loraforge_cli.output import note
+from loraforge_registry.paths import expand
 
 
 @click.command("merge")
@@ -47,10 +49,11 @@ def command(
     parsed = [weighted(term) for term in terms]
     from loraforge.checkpoint.inplace import merge_in_place
     from loraforge.checkpoint.merge import merge, preview_merge
+    from loraforge.checkpoint.receipt import merged_already
     from loraforge.registry import Registry
     from loraforge_cli.merging import keep_sources, print_merge, progress_bar
 
-    registry = Registry(session.store_path)
+    registry, before = Registry(session.store_path), merged_already(expand(base))
     if dry_run:
         print_merge(session, preview_merge(base, parsed, compute=compute, registry=registry), dry_run=True)
         return
@@ -64,3 +67,8 @@ def command(
                 base, parsed, out, compute=compute, receipt=not no_receipt, registry=registry, progress=progress
             )
     print_merge(session, result)
+    if out is not None and before:
+        note(
+            f"{base} has {', '.join(before)} merged in already, which stays in and can be taken out of {base} only",
+            quiet=session.quiet,
+        )

@@ -516,6 +516,42 @@ def test_progress_counts_every_byte_of_the_tensors(home):
     assert sum(seen) == result.nbytes > result.touched_bytes
 
 
+def test_an_adapter_that_changes_while_it_is_merged_is_refused(home):
+    tensors = a_base()
+    lf.save(adapter_for(tensors), home / "adapter")
+    weights = home / "adapter" / "adapter_model.safetensors"
+
+    def overwrite(_):
+        with weights.open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\x00\x00\x80\x3f")
+
+    with pytest.raises(ConflictError, match="changed while it was read"):
+        lf.merge(write_base(home / "base", tensors), home / "adapter", home / "merged", progress=overwrite)
+    assert not (home / "merged").exists()
+
+
+def test_the_receipt_is_the_same_without_the_compiled_pass(home, monkeypatch):
+    tensors, adapter = every_kind_of_change()
+    base = write_base(home / "base", tensors)
+    lf.merge(base, adapter, home / "compiled")
+    monkeypatch.setattr("loraforge.checkpoint.fused.AVAILABLE", False)
+    lf.merge(base, adapter, home / "plain")
+    for path in sorted((home / "plain").iterdir()):
+        assert path.read_bytes() == (home / "compiled" / path.name).read_bytes(), path.name
+
+
+def test_of_an_adapter_that_went_in_twice_one_can_be_taken_out(home):
+    tensors = a_base()
+    base = write_base(home / "base", tensors)
+    lf.save(adapter_for(tensors), home / "adapter")
+    lf.merge(base, [home / "adapter", home / "adapter"], home / "twice")
+    lf.merge(base, home / "adapter", home / "once")
+    lf.unmerge(home / "twice", home / "left", only=str(home / "adapter"), adapters=[home / "adapter"])
+    once, left = (sorted((home / name).glob("*.safetensors")) for name in ("once", "left"))
+    assert [path.read_bytes() for path in once] == [path.read_bytes() for path in left]
+
+
 # --- a merge that is not what it was ----------------------------------------------------------------------------------
 
 
