@@ -45,3 +45,12 @@ def test_an_empty_path_is_not_the_current_directory(merged, tmp_path, run):
         found = run(*arguments)
         assert found.code == 3
         assert "an empty path" in found.err
+
+
+def test_verify_says_in_full_how_each_tensor_differs(merged, tmp_path, run):
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({f"{Q}.weight": torch.zeros(32, 16)}, other / "model.safetensors")
+    found = run("verify", merged, "--base", other)
+    assert found.code == 1
+    assert f"{Q}.weight is F32 [32, 16], expected BF16 [32, 16] in the base" in found.out

@@ -11,6 +11,9 @@ _SAID = {
 }
 
 
+_SHOWN = 50  # differences
+
+
 @click.command("verify")
 @click.argument("merged", metavar="DIR")
 @click.option("--base", metavar="BASE", help="The base: merge again, and compare.")
@@ -26,7 +29,7 @@ def command(session: Session, *, merged: str, base: str | None, adapters: tuple[
     from loraforge.checkpoint.verify import verify_merge
     from loraforge.registry import Registry
     from loraforge_cli.merging import used_lines
-    from loraforge_cli.output import emit, note, table
+    from loraforge_cli.output import emit, note
 
     report = verify_merge(merged, base=base, adapters=adapters, registry=Registry(session.store_path), receipt=receipt)
     if session.as_json:
@@ -44,7 +47,10 @@ def command(session: Session, *, merged: str, base: str | None, adapters: tuple[
     elif report.holds:
         click.echo(f"{report.tensors} tensors: {_SAID[report.depth]}")
     else:
-        click.echo(table(["TENSOR", "DIFFERS"], [[found.tensor, found.why] for found in report.differences]))
+        for found in report.differences[:_SHOWN]:
+            click.echo(f"{found.tensor} {found.why}")
+        if len(report.differences) > _SHOWN:
+            note(f"and {len(report.differences) - _SHOWN} more: --json has them all")
         note(f"{len(report.differences)} of {report.tensors} tensors differ", quiet=session.quiet)
     if not report.holds:
         raise click.exceptions.Exit(1)
