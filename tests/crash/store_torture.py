@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from pathlib import Path
 
-from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
 from tests.bad_files import tensors, write_adapter
-from tests.crash import store_mutants, store_power
+from tests.crash import store_bits, store_mutants, store_power
 from tests.crash.store_scenarios import (
     GC,
     NEW_STORE,
@@ -185,58 +183,21 @@ def storms(seed: int, *, short: bool) -> Found:
 
 
 def bits(seed: int, *, short: bool) -> Found:
-    """Every bit of every manifest, ref and config, and positions in the weights: detected, and never read wrong."""
+    """Every bit of every small file, and positions in the weights: detected, and never read wrong."""
     parts = os.cpu_count() or 1
-    found = list(_in_processes(_bits, [(seed, short, part, parts) for part in range(parts)]))
-    return {"bits of metadata": sum(f[0] for f in found), "bits of weights": sum(f[1] for f in found),
-            "wrong": [line for f in found for line in f[2]]}  # fmt: skip
+    found = sum(_in_processes(_bits, [(seed, short, part, parts) for part in range(parts)]), store_bits.Flips())
+    return {"bits of metadata": found.metadata, "bits of weights": found.weights, "answers right": found.right,
+            "answers refused": found.refused, "wrong": found.wrong}  # fmt: skip
 
 
-def _bits(seed: int, short: bool, part: int, parts: int) -> tuple[int, int, list[str]]:  # noqa: FBT001 - as above
+def _bits(seed: int, short: bool, part: int, parts: int) -> store_bits.Flips:  # noqa: FBT001 - as above
     generator = random.Random(seed)
     with world() as made:
-        metadata, weights = _places(made)
+        metadata, weights = store_bits.places(made)
         if short:
-            metadata, weights = generator.sample(metadata, 60), generator.sample(weights, 30)
-        else:
-            weights = generator.choices(weights, k=10_000)
-        metadata, weights = metadata[part::parts], weights[part::parts]
-        wrong = [line for place in (*metadata, *weights) for line in _flip(made, *place)]
-    return len(metadata), len(weights), wrong
-
-
-def _places(made: World) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Return every (file, bit) of refs, manifests and configs, and of weights."""
-    metadata, weights = [], []
-    for path, (data, _) in sorted(made.start.items()):
-        if path.startswith(("blobs/", "manifests/", "refs/")):
-            places = [(path, bit) for bit in range(len(data) * 8)]
-            (weights if path.startswith("blobs/") and len(data) > 200 else metadata).extend(places)
-    return metadata, weights
-
-
-def _flip(made: World, path: str, bit: int) -> list[str]:
-    data = bytearray(made.start[path][0])
-    data[bit // 8] ^= 1 << bit % 8
-    place = made.store / path
-    place.chmod(0o644)
-    place.write_bytes(data)
-    store = Store(made.store)
-    wrong = [f"{path} bit {bit}: passed for whole"] if store.fsck(deep=True).holds else []
-    wrong += [f"{path} bit {bit}: {name} was read wrong" for name, n in (("a:v1", 0), ("a:latest", 2))
-              if not _right(store, name, made.adapters[n])]  # fmt: skip
-    place.write_bytes(made.start[path][0])
-    place.chmod(0o444 if path.startswith(("blobs/", "manifests/")) else 0o644)
-    return wrong
-
-
-def _right(store: Store, name: str, source: Path) -> bool:
-    """Whether a name is read as it was stored, or refused."""
-    try:
-        manifest = store.manifest(store.resolve(name))
-        return all(store.read_file(file, 1 << 20) == (source / file.path).read_bytes() for file in manifest.files)
-    except LoraforgeError:
-        return True
+            metadata = generator.sample(metadata, 60)
+        weights = generator.sample(weights, 30 if short else 10_000)
+        return store_bits.flip_all(made, metadata[part::parts], weights[part::parts])
 
 
 def _in_processes(work: Callable[..., object], jobs: list[tuple[object, ...]]) -> Iterator[object]:
