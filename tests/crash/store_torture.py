@@ -22,12 +22,9 @@ from loraforge_registry.store import Store
 from tests.bad_files import tensors, write_adapter
 from tests.crash import store_bits, store_mutants, store_power
 from tests.crash.store_scenarios import (
-    GC,
     NEW_STORE,
     SCENARIOS,
     Figures,
-    Scenario,
-    command,
     count_by_strace,
     enumerate_faults,
     enumerate_pairs,
@@ -36,7 +33,7 @@ from tests.crash.store_storm import storm
 from tests.crash.store_world import World, in_memory, put, restore
 
 Found = dict[str, object]
-GC_NOW = Scenario("gc --now", command(*GC))
+GC_NOW = store_mutants.by_name("gc --now")
 SHORT_FAULTS = 50  # one call in so many has each fault in the short form
 
 
@@ -67,21 +64,20 @@ def _faults_of(name: str, seed: int, short: bool) -> Figures:  # noqa: FBT001 - 
 def pairs(seed: int, *, short: bool) -> Found:
     """A command killed at each call, and what comes behind it killed at each call."""
     chosen = ("push latest", "gc after a crash") if short else (
-        "push new", "push latest", "push --force", "put derived", "tag undo a move", "tag --force", "rm", "gc --now",
-        "gc after a crash", "fsck --repair --from", "push after a crash", "push known files", "import",
+        "put derived", "push new", "push latest", "push after a crash", "push after gc", "import", "import --force",
+        "fsck --repair --from", "push --force", "push known files", "push again", "push by reference", "tag new",
+        "tag latest", "tag --force", "tag undo a move", "tag undo a removal", "tag after a crash", "rm", "rm two",
+        "rm after a crash", "gc --now", "gc after a crash",
     )  # fmt: skip
     step = 80 if short else 1
-    total = sum(_in_processes(_pairs_of, [(name, step) for name in chosen]), Figures())
-    return {"pairs": total.injections, "wrong": total.wrong}
+    jobs = [(name, recovery, step) for name in chosen for recovery in dict.fromkeys((name, GC_NOW.name))]
+    total = sum(_in_processes(_pairs_of, jobs), Figures())
+    return {"pairs": total.injections, "commands": len(chosen), "wrong": total.wrong}
 
 
-def _pairs_of(name: str, step: int) -> Figures:
-    scenario = store_mutants.by_name(name)
+def _pairs_of(name: str, recovery: str, step: int) -> Figures:
     with world() as made:
-        found = Figures()
-        for recovery in {GC_NOW, scenario}:
-            found += enumerate_pairs(made, scenario, recovery, step=step)
-        return found
+        return enumerate_pairs(made, store_mutants.by_name(name), store_mutants.by_name(recovery), step=step)
 
 
 def calls(seed: int, *, short: bool) -> Found:
