@@ -71,8 +71,9 @@ def pairs(seed: int, *, short: bool) -> Found:
     )  # fmt: skip
     step = 80 if short else 1
     jobs = [(name, recovery, step) for name in chosen for recovery in dict.fromkeys((name, GC_NOW.name))]
-    # one of its parents has no name: a collection in between takes it, rightly, and there is nothing to do again
-    jobs = [job for job in jobs if job[:2] != ("put derived", GC_NOW.name)]
+    # what these begin with has no name: a collection in between takes it, rightly, and there is nothing to do again
+    unnamed = ("put derived", "push by reference", "tag undo a move")
+    jobs = [job for job in jobs if job[0] not in unnamed or job[0] == job[1]]
     total = sum(_in_processes(_pairs_of, jobs), Figures())
     return {"pairs": total.injections, "commands": len(chosen), "wrong": total.wrong}
 
