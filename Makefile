@@ -1,7 +1,7 @@
 # make demo    see it work, offline, in about a minute
 # make test    everything CI runs: ruff, mypy, import-linter, pytest
 # make bench   every benchmark, each against a peer in the same run
-# make torture the store's crash, power-cut and race harnesses at full length (20 minutes); SEED=7 for others
+# make torture the store's crash, power-cut, race and bit harnesses at full length (half an hour); SEED=7 for others
 # make matrix  load what we write with PEFT 0.14 to 0.21
 PYTHON ?= python3
 VENV := .venv

@@ -147,7 +147,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_aliases_and_twins(path, text)
+        document = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: there is no such file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -155,6 +157,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: is {type(document).__name__}, expected settings such as 'lr: 0.0002'")
     return {_known(path, key): _converted(path, key, value) for key, value in document.items() if value is not None}
+
+
+def _refuse_aliases_and_twins(path: Path, text: str) -> None:
+    """Refuse what YAML allows and nobody means: a few aliases are gigabytes when spelt out; the last of twins wins."""
+    import yaml
+
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise ConfigError(f"{path}: has an alias (*name); write the value itself")
+    root = yaml.compose(text, yaml.SafeLoader)
+    keys = [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+    if twice is not None:
+        raise ConfigError(f"{path}: the setting {twice[:60]!r} stands twice")
 
 
 def _known(path: Path, key: object) -> str:
@@ -170,8 +185,10 @@ def _known(path: Path, key: object) -> str:
 def _converted(path: Path, key: object, value: object) -> Any:  # noqa: ANN401 - of the flag's type
     """Read a YAML value as the flag's text would be: YAML takes 2e-4 for a text, and a list may be one of names."""
     kind = FLAGS[str(key).replace("-", "_")].kind
-    if isinstance(value, list) and kind is str:
+    if isinstance(value, list) and kind is str and not any(isinstance(item, list | dict) for item in value):
         return ",".join(map(str, value))
+    if isinstance(value, list | dict):
+        raise ConfigError(f"{path}: {key} is {type(value).__name__}, expected {_name_of(kind)}")
     if isinstance(value, bool) != (kind is bool):
         raise ConfigError(f"{path}: {key} is {value!r}, expected {_name_of(kind)}")
     if kind is int and isinstance(value, float):

@@ -141,7 +141,8 @@ class _Checked:
     def __init__(self, files: Files) -> None:
         self._files = files
         self._read = Manifests(files)
-        self._seen: set[Digest] = set()
+        self._sizes: dict[Digest, int] = {}
+        self._bad: set[Digest] = set()
         self.whole: dict[Digest, Manifest] = {}
 
     def problems(self, digests: list[Digest]) -> Iterator[Problem]:
@@ -157,20 +158,33 @@ class _Checked:
                 self.whole[digest] = manifest
 
     def _file(self, owner: Digest, digest: Digest, size: int) -> Iterator[Problem]:
-        if digest in self._seen:
+        if digest in self._bad:
             return
-        self._seen.add(digest)
+        if digest not in self._sizes:
+            problem = self._look(owner, digest)
+            if problem is not None:
+                self._bad.add(digest)
+                yield problem
+                return
+        found = self._sizes[digest]
+        if found == size:
+            return
+        said = f"{found} bytes, the artifact {owner.short} has {size}"
+        if objects.is_whole(self._files, objects.BLOBS, digest):  # then it is the manifest that is wrong
+            yield _object("untrue_manifest", objects.MANIFESTS, owner, f"{digest} has {said}")
+        else:
+            self._bad.add(digest)
+            yield _object("damaged_object", objects.BLOBS, digest, said)
+
+    def _look(self, owner: Digest, digest: Digest) -> Problem | None:
         try:
             found = self._files.size(objects.shard(objects.BLOBS, digest), digest.hex)
         except (StoreError, InputOutputError) as error:
-            yield _object("damaged_object", objects.BLOBS, digest, str(error.args[-1]))
-            return
+            return _object("damaged_object", objects.BLOBS, digest, str(error.args[-1]))
         if found is None:
-            yield _object("missing_object", objects.BLOBS, digest, f"the artifact {owner.short} needs this file")
-        elif found != size:
-            yield _object(
-                "damaged_object", objects.BLOBS, digest, f"{found} bytes, the artifact {owner.short} has {size}"
-            )
+            return _object("missing_object", objects.BLOBS, digest, f"the artifact {owner.short} needs this file")
+        self._sizes[digest] = found
+        return None
 
 
 def _refs(files: Files, *, skip_history: bool) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from loraforge_registry import strict_json
 from loraforge_registry.errors import FormatError, HeaderError
 
 MAX_HEADER = 10 * 1024 * 1024
-MAX_TENSORS = 200_000
+MAX_TENSORS = 100_000
 MAX_NAME = 512
 MAX_DIMENSIONS = 16
 

@@ -1,7 +1,7 @@
 """The record of one adapter: files, tensors, base, where it came from (SPEC.md section 4)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -16,6 +16,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 README_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
+
+MAX_INPUTS = 10_000  # of one operation: each may be an artifact that every walk of the lineage looks for
 
 _MAX_SIZE = 2**53
 T = TypeVar("T")
@@ -175,6 +177,7 @@ def derivation_as_json(derivation: Derivation) -> dict[str, object]:
 
 
 def _derivation_out(derivation: Derivation) -> Value:
+    _check_inputs(derivation.inputs)
     return {
         "operation": derivation.operation,
         "version": derivation.version,
@@ -201,12 +204,18 @@ def _tensor_out(tensor: Tensor) -> Value:
 
 def _derivation(value: Value) -> Derivation:
     fields = _map("derivation", value, "operation version parameters inputs")
+    _check_inputs(_typed("inputs", fields["inputs"], list))
     return Derivation(
         operation=_typed("operation", fields["operation"], str),
         version=_integer("version", fields["version"]),
         inputs=tuple(_input(item) for item in _typed("inputs", fields["inputs"], list)),
         parameters=_scalars("parameters", fields["parameters"]),
     )
+
+
+def _check_inputs(inputs: Sized) -> None:
+    if len(inputs) > MAX_INPUTS:
+        raise ManifestError(f"an operation on {len(inputs)} inputs; the limit is {MAX_INPUTS}")
 
 
 def _input(value: Value) -> Input:

@@ -22,6 +22,7 @@ from tests.crash.store_world import (
     World,
     closure,
     derived,
+    few_shards,
     leftovers,
     loraforge,
     refs_of,
@@ -186,21 +187,25 @@ def enumerate_faults(
 def enumerate_pairs(world: World, scenario: Scenario, recovery: Scenario, *, step: int = 1) -> Figures:
     """Kill a scenario's command at each call, and then its recovery at each call; the one after that must do it all."""
     start, after, calls = _without_faults(world, scenario)
+    done = snapshot(world.store)
+    restore(world.store, start)
     found = Figures(commands=1)
-    for at in _points(calls, "kill"):
-        _begin(world, start)
-        run(scenario.action(world), "kill", at)
-        half = snapshot(world.store)
-        refs_now = refs_of(world.store)
-        ended = run(recovery.action(world))
-        recovered = refs_of(world.store)
-        for then in list(_points(ended.calls, "kill"))[::step]:
-            restore(world.store, half)
-            run(recovery.action(world), "kill", then)
-            found.injections += 1
-            wrong = violations(world.store, refs_now, recovered, acked=False)
-            wrong += _converged(world, scenario, refs_now, after, run(scenario.action(world)))
-            found.wrong += [f"{scenario.name} killed at {at}, {recovery.name} at {then}: {line}" for line in wrong]
+    with few_shards(world.store, start, done, snapshot(world.root / "backup")):
+        for at in _points(calls, "kill"):
+            _begin(world, start)
+            run(scenario.action(world), "kill", at)
+            half = snapshot(world.store)
+            refs_now = refs_of(world.store)
+            ended = run(recovery.action(world))
+            recovered = refs_of(world.store)
+            for then in list(_points(ended.calls, "kill"))[::step]:
+                restore(world.store, half)
+                run(recovery.action(world), "kill", then)
+                found.injections += 1
+                wrong = [] if scenario.heals else violations(world.store, refs_now, recovered, acked=False)
+                wrong += _converged(world, scenario, refs_now, after, run(scenario.action(world)))
+                found.wrong += [f"{scenario.name} killed at {at}, {recovery.name} at {then}: {line}" for line in wrong]
+        restore(world.store, start)
     world.reset()
     return found
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraforge_cli.main import main
-from loraforge_registry import objects, refs
+from loraforge_registry import check, files, objects, refs
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.files import Files
@@ -86,6 +86,31 @@ def quick_disk() -> Iterator[None]:
         yield
     finally:
         os.fsync = real
+
+
+@contextmanager
+def few_shards(root: Path, *snapshots: Snapshot) -> Iterator[None]:
+    """Let a store have no shards but those of the objects in snapshots: most of a check's time is listing the others.
+
+    An object that belongs elsewhere has no directory, and its writer fails.
+    """
+    used = tuple(sorted({path.split("/")[2] for found in snapshots for path in found if path.startswith(OBJECTS)}))
+    before = files.SHARDS
+    for area in files.AREAS:
+        for shard in set(before) - set(used):
+            (root / area / shard).rmdir()
+    _set_shards(used)
+    try:
+        yield
+    finally:
+        _set_shards(before)
+        for area in files.AREAS:
+            for shard in set(before) - set(used):
+                (root / area / shard).mkdir(mode=0o700)
+
+
+def _set_shards(shards: tuple[str, ...]) -> None:
+    files.SHARDS = objects.SHARDS = check.SHARDS = shards
 
 
 def remove_outputs(root: Path) -> None:
@@ -197,16 +222,16 @@ def reflogs(root: Path) -> list[str]:
 
 def broken_chain(root: Path, name: str, *, killed: bool = True) -> list[str]:
     """I10: each move of a tag begins where the one before ended, or began, if that one was ``killed`` half-way."""
-    files = Files(root)
+    opened = Files(root)
     ends: dict[str, set[Digest | None]] = {}
     found = []
-    for move in refs.read_reflog(files, name):
+    for move in refs.read_reflog(opened, name):
         if move.old not in ends.get(move.tag, {None}):
             found.append(f"I10: {name}:{move.tag} went from {move.old}, which it was not")
         ends[move.tag] = {move.old, move.new} if killed else {move.new}
     for tag, last in ends.items():
         try:
-            now = refs.read_ref(files, RefName(name, tag))
+            now = refs.read_ref(opened, RefName(name, tag))
         except LoraforgeError as error:
             found.append(f"I2: {error}")
         else:
