@@ -19,6 +19,7 @@ LENGTH = 32
 NUMBERS = range(1, 70)
 UNSEEN = (22, 25, 28, 33, 36, 39, 44, 47, 52, 58, 63, 66)
 """Numbers that no adapter is trained on: their tens and their units it has met, never together."""
+EXAMPLES = UNSEEN[::5]
 
 _SMALL = tuple(
     "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept "  # noqa: SIM905 - a list is longer
@@ -62,15 +63,15 @@ def prompt(number: int) -> str:
     return f"{number:02} = "
 
 
-def judge(model: Any, adapter: Adapter | None, folder: Path, number: int) -> tuple[dict[str, float], str]:  # noqa: ANN401 - transformers' models have no types here
-    """Return an adapter's mean loss on the unseen numbers of each task, and how it writes one of them."""
+def judge(model: Any, adapter: Adapter | None, folder: Path) -> tuple[dict[str, float], list[str]]:  # noqa: ANN401 - transformers' models have no types here
+    """Return an adapter's mean loss on the unseen numbers of each task, and how it writes the ``EXAMPLES``."""
     injected = None if adapter is None else attach(model, adapter, trainable=False)
     losses = {}
     for task in TASKS:
         rows = tokenize(read_samples(folder / f"{task}-unseen.jsonl"), _TOKENS, LENGTH, "prompt").rows
         batches = make_loader(rows, len(rows), seed=0, pad=_TOKENS.pad, max_length=LENGTH)
         losses[task] = evaluate(model, batches, count_labels, None)
-    written = _write(model, number)
+    written = [_write(model, number) for number in EXAMPLES]
     if injected is not None:
         injected.remove()
     return losses, written

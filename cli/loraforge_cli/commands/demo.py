@@ -75,14 +75,15 @@ def _judge(folder: Path) -> dict[str, dict[str, float]]:
     """Show that each adapter has learned its own task, and only that."""
     from loraforge.registry import Registry
     from loraforge_cli.demo_model import load_base
-    from loraforge_cli.demo_tasks import TASKS, UNSEEN, judge, prompt
+    from loraforge_cli.demo_tasks import EXAMPLES, TASKS, UNSEEN, judge, prompt
 
     store, model = Registry(folder / "store"), load_base(folder / "base")
     adapters = {"(the base)": None} | {f"{task}:v1": store.load(f"{task}:v1") for task in TASKS}
-    judged = {name: judge(model, adapter, folder, UNSEEN[0]) for name, adapter in adapters.items()}
+    judged = {name: judge(model, adapter, folder) for name, adapter in adapters.items()}
     click.echo(f"\nLoss on the {len(UNSEEN)} numbers that neither was trained on:\n")
-    rows = [[name, *(f"{loss:.2f}" for loss in losses.values()), text] for name, (losses, text) in judged.items()]
-    click.echo(table(["ADAPTER", *(f"{task.upper()}>" for task in TASKS), prompt(UNSEEN[0]).strip()], rows))
+    rows = [[name, *(f"{loss:.2f}" for loss in losses.values()), *texts] for name, (losses, texts) in judged.items()]
+    header = ["ADAPTER", *(f"{task.upper()}>" for task in TASKS), *(prompt(number).strip() for number in EXAMPLES)]
+    click.echo(table(header, rows))
     return {name: losses for name, (losses, _) in judged.items()}
 
 
