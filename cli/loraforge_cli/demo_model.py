@@ -1,4 +1,4 @@
-"""What the demo works on: a small Llama, two adapters that PEFT trains on it, and PEFT's own ways to combine them."""
+"""What the demo works on: a small Llama, yardsticks for what is done with its adapters, and PEFT's ways to combine."""
 
 import time
 import warnings
@@ -12,17 +12,14 @@ import torch
 from torch import Tensor
 
 from loraforge.adapter import Adapter
+from loraforge.training.data.tokens import Bytes
+from loraforge_cli.demo_tasks import LENGTH, UNSEEN, prompt
 
 PREFIX = "base_model.model."
-# Rules for the next token, one a task: what an adapter learns here can be checked.
-TASKS = {"french": (3, 1), "law": (5, 7)}
-ALPHAS = {"french": 32, "law": 16}
 WEIGHTS = {"french": 0.7, "law": 0.3}
 RANK = 16
-BASE_NAME = "demo/llama"
-
-_VOCABULARY = 64
-_LENGTH = 24
+ALPHAS = {"french": 32, "law": 16}
+_VOCABULARY = 259
 
 
 @dataclass(frozen=True)
@@ -47,45 +44,24 @@ def make_base(folder: Path) -> int:
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=8,
-        max_position_embeddings=_LENGTH,
+        max_position_embeddings=LENGTH,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(str(folder))
     return int(sum(parameter.numel() for parameter in model.parameters()))
 
 
-def train_adapter(base: Path, task: str, folder: Path) -> tuple[float, float]:
-    """Let PEFT train an adapter on a task and save it; return the loss before and after."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1 + list(TASKS).index(task))
-    config = LoraConfig(r=RANK, lora_alpha=ALPHAS[task], target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(_load(base), config)
-    model.peft_config["default"].base_model_name_or_path = BASE_NAME
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    losses = []
-    for _ in range(20):
-        tokens = _sequences(task, 8)
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    model.save_pretrained(str(folder))
-    return losses[0], losses[-1]
-
-
 def logits_gap(base: Path, adapter: Path, delta: dict[str, Tensor]) -> tuple[float, float]:
     """Return how far PEFT with ``adapter`` is from the base with the dense ``delta`` added, and the logits' size."""
     from peft import PeftModel
 
-    tokens = _sequences("french", 4)
-    merged = _load(base)
+    tokens = torch.tensor([Bytes().encode(prompt(number)) for number in UNSEEN])
+    merged = load_base(base)
     with torch.no_grad():
         for target, update in delta.items():
             merged.get_submodule(target).weight += update.to(torch.float32)
         want = merged(input_ids=tokens).logits
-        got = PeftModel.from_pretrained(_load(base), str(adapter))(input_ids=tokens).logits
+        got = PeftModel.from_pretrained(load_base(base), str(adapter))(input_ids=tokens).logits
     return float((got - want).abs().max()), float(want.abs().max())
 
 
@@ -122,7 +98,7 @@ def combine_in_peft(base: Path, folders: dict[str, Path], exact: dict[str, Tenso
     from peft import PeftModel
 
     names = list(folders)
-    model = PeftModel.from_pretrained(_load(base), str(folders[names[0]]), adapter_name=names[0])
+    model = PeftModel.from_pretrained(load_base(base), str(folders[names[0]]), adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(str(folders[name]), name)
     weights = [WEIGHTS[name] for name in names]
@@ -138,7 +114,7 @@ def average_with_itself_in_peft(base: Path, folder: Path) -> float:
     """Return the norm of PEFT's ``linear`` average of an adapter with itself, relative to the adapter's."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(_load(base), str(folder), adapter_name="one")
+    model = PeftModel.from_pretrained(load_base(base), str(folder), adapter_name="one")
     model.load_adapter(str(folder), "two")
     model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "average", combination_type="linear")
     return _norm(_deltas(model, "average").values()) / _norm(_deltas(model, "one").values())
@@ -154,21 +130,13 @@ def be_quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _load(base: Path) -> Any:  # noqa: ANN401 - transformers' models have no types here
+def load_base(base: Path) -> Any:  # noqa: ANN401 - transformers' models have no types here
+    """Load the base."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(str(base))
-
-
-def _sequences(task: str, count: int) -> Tensor:
-    """Sequences in which each token follows from the last by the task's rule."""
-    factor, shift = TASKS[task]
-    tokens = [torch.randint(_VOCABULARY, (count,))]
-    for _ in range(_LENGTH - 1):
-        tokens.append((factor * tokens[-1] + shift) % _VOCABULARY)
-    return torch.stack(tokens, dim=1)
 
 
 def _deltas(model: Any, name: str) -> dict[str, Tensor]:  # noqa: ANN401 - PEFT's models have no types here

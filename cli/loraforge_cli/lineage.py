@@ -1,9 +1,11 @@
 """Where an adapter came from, drawn as a tree."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 from loraforge_cli.describe import Described
 from loraforge_cli.output import one_line
+from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.manifest import Artifact, Derivation, Input
@@ -11,6 +13,8 @@ from loraforge_registry.names import DEFAULT_TAG
 from loraforge_registry.store import Store
 
 Names = Mapping[Digest, str]
+_UNTOLD = frozenset({"batch_size", "loraforge", "mask", "max_length", "pack", "task_type", "torch"})
+"""Parameters of a training that would make every line too long to read; ``--json`` has them."""
 
 
 def names_by_digest(store: Store) -> dict[Digest, str]:
@@ -68,5 +72,15 @@ def _label(digest: Digest | None, names: Names) -> str:
 def _operation(derivation: Derivation | None) -> str:
     if derivation is None:
         return ""
-    parameters = ", ".join(f"{key} {value!r}" for key, value in sorted(derivation.parameters.items()))
+    told = {key: value for key, value in sorted(derivation.parameters.items()) if key not in _UNTOLD}
+    parameters = ", ".join(f"{key} {_shown(value)}" for key, value in told.items())
     return f"  <- {derivation.operation}{f' ({parameters})' if parameters else ''}"
+
+
+def _shown(value: Value) -> str:
+    """Return a parameter as a line has room for it: digests short."""
+    if isinstance(value, str) and value.startswith(("sha256:", "blake3:")):
+        with suppress(LoraforgeError):
+            digest = Digest.parse(value)
+            return f"{digest.algorithm}:{digest.short}"
+    return repr(value)

@@ -1,5 +1,7 @@
 """Sources as adapters in memory: only commands that compute import this, and torch with it."""
 
+from collections.abc import Sequence
+
 import click
 
 from loraforge.adapter import Adapter, named_tensors
@@ -27,13 +29,14 @@ def store_result(
     """Store a derived adapter, and the directories it was made from: a lineage that points at nothing is none."""
     registry = Registry(session.store_path)
     with registry.store.session():  # no collection between the sources, which have no name, and what needs them
-        derivation = adapter.derivation and adapter.derivation.located(_store_sources(registry, sources))
+        derivation = adapter.derivation and adapter.derivation.located(store_sources(registry, sources))
         record = None if report is None else report.as_record()
         found = registry.store.put(peft.encode(adapter), derivation=derivation, report=record, name=ref, force=force)
         return describe(registry.store, found.digest, ref)
 
 
-def _store_sources(registry: Registry, sources: list[str]) -> dict[Digest, Artifact]:
+def store_sources(registry: Registry, sources: Sequence[str]) -> dict[Digest, Artifact]:
+    """Store those that are directories, and return their artifacts by what they compute."""
     stored: dict[Digest, Artifact] = {}
     for source in sources:
         if is_path(source):

@@ -14,15 +14,17 @@ from loraforge.training.data.tokens import Bytes, Segment, Tokenizer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
-def load_model(base: str, precision: str) -> Any:  # noqa: ANN401 - transformers' models have no types here
+def load_model(base: str, precision: str, merged: Path | None = None) -> Any:  # noqa: ANN401 - transformers' models have no types here
     """Load a causal model from a directory: in float32 to compute in that, else in the type it is stored in.
+
+    ``merged`` is where its files really lie, if something was merged into them; its name remains that of the base.
 
     Raises:
         NotFoundError: no model is there.
         FormatError: transformers cannot load it.
     """
     transformers = _transformers()
-    path = Path(base).expanduser()
+    path = merged or Path(base).expanduser()
     if not (path / "config.json").is_file():
         raise NotFoundError(f"{base}: no config.json there; expected a directory that transformers loads")
     half = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
@@ -32,6 +34,7 @@ def load_model(base: str, precision: str) -> Any:  # noqa: ANN401 - transformers
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise FormatError(f"{base}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    model.name_or_path = model.config.name_or_path = str(Path(base).expanduser())
     model.config.use_cache = False
     return model
 

@@ -14,6 +14,7 @@ import click
 import torch
 
 import loraforge
+from loraforge.adapter import Adapter
 from loraforge.errors import ConflictError, NotFoundError, TrainingError
 from loraforge.formats import peft
 from loraforge.layers import inject
@@ -25,13 +26,16 @@ from loraforge.training.data.loader import Loader, make_loader
 from loraforge.training.data.tokens import Counted, Tokenizer, show, tokenize
 from loraforge.training.loop import make_plan
 from loraforge.training.provenance import base_digest, data_digest, trained
-from loraforge_cli.describe import describe
+from loraforge_cli.describe import Described, describe
 from loraforge_cli.options import Session
 from loraforge_cli.output import count, emit, facts, note, size
+from loraforge_cli.sources import store_sources
 from loraforge_cli.summary import line
-from loraforge_cli.train_base import check_fits, check_packs, load_model, load_tokenizer
+from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer
+from loraforge_cli.train_parent import Parent, load_atop, open_parent
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
+from loraforge_registry.manifest import Derivation
 from loraforge_registry.names import DEFAULT_TAG, RefName
 
 _LOG_EVERY = 10
@@ -48,20 +52,22 @@ class Prepared:
     loader: Loader
     valid: Loader | None
     files: tuple[Path, ...]
+    parent: Parent | None
 
 
-def prepare(settings: TrainSettings) -> Prepared:
-    """Read data and base, and put them together."""
+def prepare(session: Session, settings: TrainSettings) -> Prepared:
+    """Read data, parent and base, and put them together."""
     files, valid_file = _files(settings)
     if valid_file is not None and settings.val_split:
         raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
     samples = read_samples(files[0])
+    parent = open_parent(session, settings.parent)
     tokenizer = load_tokenizer(settings.base)
     counted = tokenize(samples, tokenizer, settings.max_length, settings.mask)
     rows, held_out = _split(counted, settings)
     if valid_file is not None:
         held_out = tokenize(read_samples(valid_file), tokenizer, settings.max_length, settings.mask).rows
-    model = load_model(settings.base, settings.config.precision)
+    model = load_atop(settings.base, parent, settings.config.precision)
     every = (*rows, *held_out)
     check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
     if settings.pack:
@@ -79,7 +85,8 @@ def prepare(settings: TrainSettings) -> Prepared:
         )
 
     read = files if valid_file is None else (*files, valid_file)
-    return Prepared(settings, model, tokenizer, counted, loader(rows), loader(held_out) if held_out else None, read)
+    valid = loader(held_out) if held_out else None
+    return Prepared(settings, model, tokenizer, counted, loader(rows), valid, read, parent)
 
 
 def show_plan(session: Session, prepared: Prepared) -> None:
@@ -161,21 +168,40 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
         _say_how_to_go_on(settings, seen[-1].step)
     if ranks.rank() > 0:
         return
-    derivation = trained(settings.config, inputs, version=loraforge.__version__)
-    report = _report(_history(settings, seen))
-    put = registry.store.put(peft.encode(adapter), derivation=derivation, report=report, name=name, force=force)
-    described = describe(registry.store, put.digest, name)
+    parent, report = prepared.parent, _report(_history(settings, seen))
+    start = None if parent is None else parent.adapter
+    derivation = trained(settings.config, inputs, start, version=loraforge.__version__)
+    described = _store(registry, parent, adapter, derivation, report, name, force=force)
     if session.as_json:
         emit(described.as_json())
     else:
         click.echo(line(described))
 
 
+def _store(
+    registry: Registry,
+    parent: Parent | None,
+    adapter: Adapter,
+    derivation: Derivation,
+    report: dict[str, Value],
+    name: RefName,
+    *,
+    force: bool,
+) -> Described:
+    """Store an adapter, and with it a parent that was given as a directory."""
+    with registry.store.session():  # no collection between the parent, which may have no name, and what needs it
+        located = derivation.located(store_sources(registry, [] if parent is None else [parent.source]))
+        put = registry.store.put(peft.encode(adapter), derivation=located, report=report, name=name, force=force)
+        return describe(registry.store, put.digest, name)
+
+
 def _inputs(prepared: Prepared) -> dict[str, Value]:
-    """What the run depends on beside its configuration: base and data by content, and how data becomes batches."""
+    """What a run depends on beside its configuration: base, parent and data by content, and how data is batched."""
     said = prepared.settings.said
     found: dict[str, Value] = {"base": str(base_digest(prepared.settings.base))}
     found["data"] = str(data_digest(prepared.files))
+    if prepared.parent is not None:
+        found["parent"] = str(prepared.parent.content_id)
     own = ("batch_size", "max_length", "pack", "mask", "val_split")
     return found | {key: said[key] for key in own if key in said}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loraforge_cli.options import SOURCE
 from loraforge_registry.errors import ConfigError, NotFoundError
 from loraforge_registry.patterns import is_plain
 
@@ -28,6 +29,7 @@ class Flag:
 _SHARE = "steps, or below 1 a share of them"
 FLAGS: Mapping[str, Flag] = {
     "base": Flag(str, "The base: a directory that transformers loads.", own=True, metavar="DIR"),
+    "parent": Flag(SOURCE, "Train atop this adapter, merged into the base.", own=True, metavar="SOURCE"),
     "data": Flag(str, "JSON lines, or a directory of train.jsonl and valid.jsonl.", own=True, metavar="PATH"),
     "valid": Flag(str, "JSON lines to evaluate on.", own=True, metavar="FILE"),
     "val_split": Flag(float, "The share of the data to evaluate on.", own=True),
@@ -80,6 +82,7 @@ class TrainSettings:
     pack: bool
     mask: Any
     name: str | None = None
+    parent: str | None = None
     run: str | None = None
     valid: Path | None = None
     val_split: float = 0.0
@@ -128,6 +131,7 @@ def read_settings(yaml_file: str | None, flags: Mapping[str, Any]) -> TrainSetti
         pack=said["pack"],
         mask=said["mask"],
         name=said.get("as"),
+        parent=said.get("parent"),
         run=said.get("run"),
         valid=Path(said["valid"]) if "valid" in said else None,
         val_split=said.get("val_split", 0.0),
@@ -202,4 +206,4 @@ def _converted(path: Path, key: object, value: object) -> Any:  # noqa: ANN401 -
 def _name_of(kind: Any) -> str:  # noqa: ANN401 - a type, or one of click's
     if isinstance(kind, click.Choice):
         return "one of " + ", ".join(kind.choices)
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")

@@ -29,7 +29,7 @@ def trained(
 ) -> Derivation:
     """Return how an adapter was made: settings that are not the default, ``facts`` (base, data), versions.
 
-    ``start`` is the adapter it was trained on from, if any.
+    ``start`` is the adapter it was trained on from, or atop of, if any.
     """
     settings = {
         field.name: _scalar(getattr(config, field.name))

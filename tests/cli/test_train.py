@@ -41,6 +41,13 @@ def make_base(folder, rows=259):
     return folder
 
 
+def _model_of_two_layers():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=16, num_key_value_heads=1, **sizes))
+
+
 def make_windowed(folder):
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -345,6 +352,117 @@ def test_under_torchrun_one_adapter_is_stored(base, data, run):
     assert one.targets.keys() == two.targets.keys()
     for name, pair in one.targets.items():
         assert torch.allclose(pair.delta(), two.targets[name].delta(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture
+def atop(spoken, run, tmp_path):
+    """Make a base of 16-bit weights and a parent for it, as a directory and in the store; return the two folders."""
+    base, parent = tmp_path / "half", tmp_path / "parent"
+    _model(spoken).to(torch.bfloat16).save_pretrained(str(base))
+    make_tokenizer(base)
+    injected = lf.inject(_model(base), lf.LoraConfig(rank=3, init="gaussian"))
+    generator = torch.Generator().manual_seed(5)
+    for parameter in injected.parameters().values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    lf.save(injected.adapter(), parent)
+    assert run("push", parent, "parent:v1").code == 0
+    return base, parent
+
+
+def words(tmp_path):
+    draw = random.Random(1)
+    lines = ["".join(draw.choice("abcdefgh") for _ in range(6)) for _ in range(16)]
+    return write(tmp_path / "words.jsonl", *({"text": line} for line in lines))
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_atop_a_parent_is_training_on_what_merge_writes(atop, precision, run, tmp_path):
+    base, _ = atop
+    options = ("--data", words(tmp_path), "--lr", "1e-2", "--dropout", "0.1", "--epochs", "3", "--precision", precision)
+    assert run("merge", base, "parent:v1", "--out", tmp_path / "merged").code == 0
+    files = {name: (base / name).read_bytes() for name in ("model.safetensors", "config.json")}
+
+    assert (
+        run("train", "--base", base, "--parent", "parent:v1", *options, "--as", "a:v1", "--run", tmp_path / "a").code
+        == 0
+    )
+    assert run("train", "--base", tmp_path / "merged", *options, "--as", "b:v1", "--run", tmp_path / "b").code == 0
+    assert run("train", "--base", base, *options, "--as", "c:v1", "--run", tmp_path / "c").code == 0
+
+    found = losses(tmp_path / "a")
+    assert len(found) == 12
+    assert found == losses(tmp_path / "b")
+    assert all(mine != other for mine, other in zip(found, losses(tmp_path / "c"), strict=True))
+    assert lf.content_id(lf.load("a:v1")) == lf.content_id(lf.load("b:v1"))
+    assert lf.load("a:v1").settings.base_name == str(base)
+    assert {name: (base / name).read_bytes() for name in files} == files
+
+
+def test_a_child_names_its_parent_by_artifact_and_resumes_only_with_it(atop, run, tmp_path, monkeypatch):
+    base, parent = atop
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    digest = run("show", "parent:v1", "--json").json["digest"]
+    settings = tmp_path / "run.yaml"
+    folder = tmp_path / "run"
+    settings.write_text(f"base: {base}\nparent: parent:v1\ndata: {words(tmp_path)}\nas: child:v1\nrun: {folder}\n")
+    done = run("train", settings, "--max-steps", "3", "--json").json
+    assert [item["digest"] for item in done["derivation"]["inputs"]] == [digest]
+    assert f"parent:v1  sha256:{digest.removeprefix('sha256:')[:12]}" in run("log", "child:v1").out
+
+    # as a directory it is another artifact or the same one, but the same function: the same run, and it is kept
+    again = run("train", settings, "--max-steps", "3", "--parent", parent, "--resume", "--as", "twin:v1", "--json").json
+    assert again["content_id"] == done["content_id"]
+    assert [item["digest"] for item in again["derivation"]["inputs"]] == [digest]
+    other = run("train", settings, "--max-steps", "3", "--parent", "child:v1", "--resume", "--as", "x:v1")
+    assert (other.code, "was begun with inputs.parent=" in other.err) == (2, True)
+    assert list((tmp_path / "scratch").iterdir()) == [], "the merged base is not left behind"
+
+
+def test_a_parent_given_as_a_directory_is_stored_with_its_child(atop, run, tmp_path):
+    base, parent = atop
+    digest = run("show", "parent:v1", "--json").json["digest"]
+    assert (run("rm", "parent:v1").code, run("gc", "--yes").code) == (0, 0)
+    assert run("show", digest).code == 3
+    options = ("--base", base, "--parent", parent, "--data", words(tmp_path), "--max-steps", "1")
+    found = run("train", *options, "--as", "child:v1", "--json").json
+    assert [item["digest"] for item in found["derivation"]["inputs"]] == [digest]
+    assert run("gc", "--yes").code == 0
+    assert run("show", digest).code == 0
+
+
+def test_a_parent_that_cannot_be_merged_is_refused_in_one_line(atop, base, data, run, tmp_path):
+    half, parent = atop
+    (tmp_path / "scaled").mkdir()
+    config = json.loads((parent / "adapter_config.json").read_text())
+    (tmp_path / "scaled" / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    (tmp_path / "scaled" / "adapter_model.safetensors").write_bytes((parent / "adapter_model.safetensors").read_bytes())
+    deep = lf.inject(_model_of_two_layers(), lf.LoraConfig(rank=2, init="gaussian"))
+    lf.save(deep.adapter(), tmp_path / "deep")
+    wide = tmp_path / "wide"
+    lf.save(
+        lf.inject(_model(make_windowed(tmp_path / "w")), lf.LoraConfig(rank=2, targets=("lm_head",))).adapter(), wide
+    )
+    for source, code, message in [
+        ("nobody:v1", 3, "nobody"),
+        (
+            tmp_path / "deep",
+            2,
+            f"the parent {tmp_path}/deep does not fit {half}: 7 of 14 keys have no tensor",
+        ),
+        (wide, 2, f"the parent {wide} does not fit {half}: target 'lm_head' is for a tensor of shape [259, 32]"),
+        (tmp_path / "scaled", 2, "was initialised by pissa"),
+        (half, 3, "no adapter_model.safetensors there"),
+    ]:
+        for more in ((), ("--dry-run",)):
+            done = run("train", "--base", half, "--parent", source, "--data", words(tmp_path), "--as", "x:v1", *more)
+            assert (done.code, message in done.err) == (code, True), (source, done)
+            assert done.err.count("\n") == 1
+            assert done.out == ""
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def command(session: Session, *, settings: str | None, resume: bool, force: bool
 
     \b
     loraforge train --base ./base --data french.jsonl --as french:v1
+    loraforge train --base ./base --parent french:v1 --data law.jsonl --as french-law:v1
     loraforge train run.yaml --dry-run
     loraforge train run.yaml --run ./run --resume
     torchrun --nproc-per-node 2 -m loraforge_cli train run.yaml
@@ -38,7 +39,7 @@ def command(session: Session, *, settings: str | None, resume: bool, force: bool
     from loraforge_cli.train_run import prepare, run_training, show_plan
 
     if dry_run or name is None:
-        show_plan(session, prepare(said))
+        show_plan(session, prepare(session, said))
         return
     with joined(session) as mine:
-        run_training(mine, prepare(said), name, resume=resume, force=force)
+        run_training(mine, prepare(mine, said), name, resume=resume, force=force)
