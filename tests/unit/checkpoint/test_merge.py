@@ -210,9 +210,10 @@ def test_the_rest_of_the_directory_comes_along(base, tmp_path):
     folder = base()
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"old weights")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
     result = lf.merge(folder, adapter(0.01), tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.json").exists()
-    assert result.left_out == ("pytorch_model.bin",)
+    assert result.left_out == ("pytorch_model.bin", "pytorch_model.bin.index.json")
     assert not (tmp_path / "merged" / "pytorch_model.bin").exists()
 
 
