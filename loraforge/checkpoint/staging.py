@@ -44,7 +44,19 @@ _PART = ".part"
 _UNDO = _OURS + "undo"
 _PROGRESS = _OURS + "progress"
 # Weights in other formats would be those of the base, beside a merged model.
-STALE = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".lock")
+STALE = (
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".safetensors",
+    ".lock",
+)
 
 
 @contextmanager
