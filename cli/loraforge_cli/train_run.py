@@ -147,7 +147,7 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
             seen.append(metrics)
             show_step(metrics)
 
-        try:
+        with _memory_named():
             adapter = train(
                 prepared.model,
                 prepared.loader,
@@ -159,11 +159,6 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
                 on_step=on_step,
                 should_stop=interrupted,
             )
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                "the device is out of memory: lower batch-size (and raise grad-accum) or max-length, or give "
-                "--grad-checkpoint"
-            ) from error
     if interrupted() and seen and seen[-1].step != total:
         _say_how_to_go_on(settings, seen[-1].step)
     if ranks.rank() > 0:
@@ -260,6 +255,18 @@ def _check_free(registry: Registry, name: RefName, *, force: bool) -> None:
     taken = any(found.ref == name for found in registry.ls())
     if taken and not force and name.tag != DEFAULT_TAG:
         raise ConflictError(f"{name} means another adapter already: choose another tag, or move it with --force")
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """Say what helps where the device's memory is not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the device is out of memory: lower batch-size (and raise grad-accum) or max-length, or give "
+            "--grad-checkpoint"
+        ) from error
 
 
 @contextmanager
