@@ -76,7 +76,7 @@ def read_nodes(data: bytes, file: str) -> Node:
         return _Reader(text, file).document()
     except ReaderError as error:
         at_position(text, error.position, file).refuse(
-            f"the character U+{ord(str(error.character)):04X} is not allowed"
+            f"the character U+{error.character:04X} is not allowed"
         )
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
