@@ -1,5 +1,6 @@
 """Recipes that are none: exit 2, the file's line and column in front, nothing written, no lock."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def with_(old: str, new: str) -> str:
     return GOOD.replace(old, new, 1)
 
 
+def small(fields: str) -> str:
+    """The good recipe with other fields of its step ``small``."""
+    return with_("    method: rerank\n    from: blend\n    rank: 2", fields)
+
+
+RERANK = "    §method: rerank\n    from: blend\n"
+BOTH = "inputs:\n  french: french:v1\n  law: ./law"
 LAUGHS = "recipe: 1\ninputs:\n  a0: §&a0 [lol]\n" + "".join(
     f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30)
 )
@@ -92,8 +100,8 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "a reference that cannot be one": (with_("./law", "§Law:v1"), "is not a name"),
     "a name with a space": (with_("law: ./law", "§the law: ./law"), "is not a name"),
     "a name that is too long": (with_("law: ./law", f"§{'x' * 65}: ./law"), "is not a name"),
-    "inputs as a list": (with_("inputs:\n  french: french:v1\n  law: ./law", "inputs: §[french, law]"), "inputs is a list"),
-    "inputs that are empty": (with_("inputs:\n  french: french:v1\n  law: ./law", "inputs: §{}"), "an empty mapping"),
+    "inputs as a list": (with_(BOTH, "inputs: §[french, law]"), "inputs is a list"),
+    "inputs that are empty": (with_(BOTH, "inputs: §{}"), "an empty mapping"),
     "an octal weight": (with_("0.7", "§0777"), "expected a number in decimals"),
     "a hexadecimal weight": (with_("0.7", "§0x1F"), "expected a number in decimals"),
     "a sexagesimal weight": (with_("0.7", "§1:30"), "expected a number in decimals"),
@@ -112,25 +120,25 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "an octal rank": (with_("rank: 2", "rank: §010"), "expected a whole number"),
     "a negative rank": (with_("rank: 2", "rank: §-2"), "expected 0 to"),
     "a huge rank": (with_("rank: 2", f"rank: §{'9' * 50}"), "expected 0 to"),
-    "a rank of zero": (with_("small:\n    method", "small:\n    §method").replace("rank: 2", "rank: 0"), "rank is 0"),
-    "two criteria": (with_("small:\n    method", "small:\n    §method").replace("rank: 2", "rank: 2\n    energy: 0.9"), "say exactly one"),
-    "no criterion": (with_("small:\n    method", "small:\n    §method").replace("    rank: 2\n", ""), "say exactly one"),
-    "an energy above 1": (with_("small:\n    method", "small:\n    §method").replace("rank: 2", "energy: 1.5"), "energy is 1.5"),
+    "a rank of zero": (small(RERANK + "    rank: 0"), "rank is 0"),
+    "two criteria": (small(RERANK + "    rank: 2\n    energy: 0.9"), "say exactly one"),
+    "no criterion": (small(RERANK[:-1]), "say exactly one"),
+    "an energy above 1": (small(RERANK + "    energy: 1.5"), "energy is 1.5"),
     "a flag that is yes": (with_("  blend:", "  blend:\n    drop_saved: §yes"), "expected true or false"),
     "an unknown method": (with_("method: rerank", "method: §rerun"), "did you mean 'rerank'"),
     "a field of another method": (with_("  blend:", "  blend:\n    §rank: 2"), "has no field 'rank'"),
     "the command line's spelling": (with_("rank: 2", "§max-parameters: 2"), "did you mean 'max_parameters'"),
-    "a step that is a text": (with_("  small:\n    method: rerank\n    from: blend\n    rank: 2", "  small: §blend"), "expected a mapping with 'from'"),
-    "a step from nothing": (with_("small:\n    method: rerank\n    from: blend", "small:\n    §method: rerank"), "without 'from'"),
-    "a sum from one name": (with_("    method: rerank\n    from: blend\n    rank: 2", "    from: §blend"), "expected a list of terms"),
-    "a sum of nothing": (with_("    method: rerank\n    from: blend\n    rank: 2", "    from: §[]"), "expected a list of terms"),
+    "a step that is a text": (small("    §blend"), "expected a mapping with 'from'"),
+    "a step from nothing": (small("    §method: rerank\n    rank: 2"), "without 'from'"),
+    "a sum from one name": (small("    from: §blend"), "expected a list of terms"),
+    "a sum of nothing": (small("    from: §[]"), "expected a list of terms"),
     "a re-rank of two": (with_("from: blend", "from: §[blend, law]"), "expected its name"),
     "an unknown field of a term": (with_("weight: 0.7", "§wieght: 0.7"), "did you mean 'weight'"),
     "a term without an adapter": (with_(TERM, "§{weight: 1}"), "without 'adapter'"),
     "a term that is a list": (with_(TERM, "§[french]"), "a term is a list"),
     "an unknown adapter": (with_(TERM, "§frnech"), "did you mean 'french'"),
     "a step of itself": (with_(TERM, "§blend"), "a circle"),
-    "a circle": (with_("from: blend", "from: medium").replace("result:", "  medium: {method: rerank, from: §small, rank: 1}\nresult:"), "a circle"),
+    "a circle": (small("    from: [medium]\n  medium: {from: [§small]}"), "a circle"),
     "a step called as an input": (with_("  small:", "  §law:"), "is an input already"),
     "a step called result": (with_("  small:", "  §result:"), "is the result already"),
     "an input as the result": (with_("result: small", "result: §law"), "is an input"),
@@ -138,38 +146,44 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "a result that is a list": (with_("result: small", "result: §[small]"), "the result is a list"),
     "an empty filter": (with_(TERM, "§{adapter: french, include: []}"), "include is empty"),
     "a filter of numbers": (with_("[q]", "[§1]"), 'write "1"'),
-    "a filter that is no pattern": (with_("include: [q]", "include: '(q'").replace("{adapter", "§{adapter"), "is not a regular expression"),
-    "a filter that matches nothing": (with_("include: [q]", "include: [k]").replace("{adapter", "§{adapter"), "'k' matches no target; the adapter has 'q', 'v'"),
-    "a pattern that matches nothing": (with_("include: [q]", "include: '.*k'").replace("{adapter", "§{adapter"), "matches no target"),
-    "a filter that leaves nothing": (with_("- adapter: law", "- §adapter: law").replace("exclude: v", "exclude: .*[qv]"), "leaves out every target"),
+    "a filter that is no pattern": (with_(TERM, "§{adapter: french, include: '(q'}"), "is not a regular expression"),
+    "a filter that matches nothing": (with_(TERM, "§{adapter: french, include: [k]}"), "the adapter has 'q', 'v'"),
+    "a pattern that matches nothing": (with_(TERM, "§{adapter: french, include: '.*k'}"), "matches no target"),
+    "a filter that leaves nothing": (with_(TERM, "§{adapter: french, exclude: '.*[qv]'}"), "leaves out every"),
+    "a filter that leaves out nothing": (with_(TERM, "§{adapter: french, exclude: '.*k'}"), "matches no target"),
     "no layers": (with_("result:", "layers: §0\nresult:"), "expected 1 to"),
     "a part of a layer": (with_("result:", "layers: §1.5\nresult:"), "expected a whole number"),
     "another shape": (with_("  blend:", "  §blend:").replace("./law", "./wide"), "belong to different bases"),
     "another base": (with_("  blend:", "  §blend:").replace("./law", "./foreign"), "name different bases"),
-    "whole saved tensors": (with_("- adapter: law", "- §adapter: law").replace("./law", "./saved"), "leave such tensors out (drop_saved)"),
+    "whole saved tensors": (with_("./law", "./saved").replace("- adapter", "- §adapter"), "(drop_saved)"),
 }  # fmt: skip
 
 
-@pytest.fixture
-def home(tmp_path, run, monkeypatch):
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
     """A store with french:v1, and directories beside the recipe."""
-    monkeypatch.chdir(tmp_path)
-    based = config(base_model_name_or_path="some/base")
-    write_adapter(tmp_path / "french", settings=based)
-    write_adapter(tmp_path / "law", weights=tensors(-0.25))
-    write_adapter(tmp_path / "wide", weights=tensors(columns=8))
-    write_adapter(tmp_path / "foreign", settings=config(base_model_name_or_path="other/base"))
+    home = tmp_path_factory.mktemp("home")
+    write_adapter(home / "french", settings=config(base_model_name_or_path="some/base"))
+    write_adapter(home / "law", weights=tensors(-0.25))
+    write_adapter(home / "wide", weights=tensors(columns=8))
+    write_adapter(home / "foreign", settings=config(base_model_name_or_path="other/base"))
     extra = {"base_model.model.lm_head.weight": ("F32", (1, 1), b"\0\0\x80?")}
-    write_adapter(tmp_path / "saved", weights=tensors() | extra, settings=config(modules_to_save=["lm_head"]))
-    assert run("push", tmp_path / "french", "french:v1").code == 0
-    return tmp_path
+    write_adapter(home / "saved", weights=tensors() | extra, settings=config(modules_to_save=["lm_head"]))
+    lf.Registry(home / "store").push(home / "french", "french:v1")
+    return home
+
+
+@pytest.fixture
+def home(made_once, tmp_path, monkeypatch):
+    shutil.copytree(made_once, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setenv("LORAFORGE_STORE", str(tmp_path / "home" / "store"))
+    return tmp_path / "home"
 
 
 def contents(home: Path) -> dict[str, bytes]:
     """Every file, but for the cache that may change at any moment."""
-    return {
-        str(path): path.read_bytes() for path in home.rglob("*") if path.is_file() and path.name != "index.sqlite"
-    }
+    return {str(path): path.read_bytes() for path in home.rglob("*") if path.is_file() and path.name != "index.sqlite"}
 
 
 def test_the_good_recipe_is_good(home, run):
