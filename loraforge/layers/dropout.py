@@ -42,12 +42,20 @@ def draw(rate: float) -> Dropout | None:
     dropped = min(round(rate * _LEVELS), _LEVELS - 1)
     if dropped == 0:
         return None
-    return Dropout(dropped, int(torch.randint(2**63 - 1, (), dtype=torch.int64)))
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+    return Dropout(dropped, 0 if _valueless() else int(seed))
 
 
 def _words(count: int, seed: int, device: torch.device) -> Tensor:
     """Return ``count`` random 64-bit words: a GPU's own, elsewhere SFC64, the fastest there is on a CPU."""
+    if _valueless():
+        return torch.empty(count, dtype=torch.int64, device=device)
     if device.type != "cuda":
         return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+
+
+def _valueless() -> bool:
+    """Whether tensors have shapes only now, as when a run's memory is estimated: a new one is then of another class."""
+    return type(torch.empty(0)) is not Tensor

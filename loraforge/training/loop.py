@@ -102,7 +102,7 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
         try:
             setting = Setting(config, inputs or {})
             state = _begin(injected, setting, folder, resume=resume)
-            autocast = _autocast(config, device)
+            autocast = autocast_type(config, device)
             model.train()
             coming = windows(batches, config.grad_accum * ranks.size(), config.seed, state.progress.cursor)
             while not _is_done(state.progress, plan, config):
@@ -260,7 +260,7 @@ def _placed(model: nn.Module, config: TrainConfig) -> Iterator[torch.device]:
     device = home if home.type == "meta" else choose_device(config.device)
     if device != home:
         model.to(device)
-    undo = _checkpointing(model) if config.grad_checkpoint else None
+    undo = checkpointing(model) if config.grad_checkpoint else None
     try:
         yield device
     finally:
@@ -288,7 +288,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _checkpointing(model: nn.Module) -> Callable[[], object]:
+def checkpointing(model: nn.Module) -> Callable[[], object]:
     """Let a model of transformers (which renamed this in version 5) compute activations again; return the undoing."""
     for name in ("activation", "gradient"):
         enable = getattr(model, f"{name}_checkpointing_enable", None)
@@ -303,7 +303,8 @@ def _checkpointing(model: nn.Module) -> Callable[[], object]:
     raise TrainingError(f"{type(model).__name__} has no gradient_checkpointing_enable; leave grad_checkpoint out")
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+def autocast_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return the type that a run computes in, None for the model's own."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     return torch.bfloat16 if config.precision == "bf16" else None
