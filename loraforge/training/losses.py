@@ -38,6 +38,21 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, places
     return _found_in(out)
 
 
+def losses_of(model: nn.Module, batch: Mapping[str, Any], sizes: list[int], autocast: torch.dtype | None) -> Tensor:
+    """Run a model for which ``keeps_logits`` holds on rows of several owners; return the loss of each owner's rows.
+
+    Shapes: ``sizes`` says how many rows each has, in their order -> (owners,).
+    Numerics: as ``loss_of`` on the rows of one; a loss that is NaN leaves the gradients of the others what they are.
+    """
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        labels, places = _following(batch["labels"]), learned_places(batch["labels"])
+        rest = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**rest, logits_to_keep=places).logits  # (rows, places, vocabulary)
+        pairs = zip(torch.split(logits, sizes), torch.split(labels[:, places], sizes), strict=True)
+        return torch.stack([_mean_loss(*pair) for pair in pairs])
+
+
 def keeps_logits(model: nn.Module) -> bool:
     """Whether a model is a causal one with the plain loss that can be asked for some logits only."""
     loss: Any = getattr(model, "loss_function", None)
@@ -66,7 +81,11 @@ def _loss_at_labels(model: nn.Module, batch: Mapping[str, Any], places: Tensor |
     places = learned_places(batch["labels"]) if places is None else places
     rest = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**rest, logits_to_keep=places).logits  # (rows, places, vocabulary)
-    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, places].flatten(), ignore_index=IGNORED)
+    return _mean_loss(logits, labels[:, places])
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 def _found_in(out: Any) -> Tensor:  # noqa: ANN401 - whatever a model returns

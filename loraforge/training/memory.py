@@ -26,7 +26,7 @@ from loraforge.layers import Injected, inject
 from loraforge.training import ranks
 from loraforge.training.batches import Batch
 from loraforge.training.config import TrainConfig
-from loraforge.training.loop import autocast_type, checkpointing, choose_device
+from loraforge.training.loop import autocast_of, checkpointing, choose_device
 from loraforge.training.losses import learned_places, loss_of
 from loraforge.training.streams import apart
 
@@ -77,7 +77,7 @@ def estimate(model: nn.Module, heavy: Iterable[Batch], config: TrainConfig, *, v
     try:
         if config.grad_checkpoint:
             undo = checkpointing(model)
-        autocast = autocast_type(config, device)
+        autocast = autocast_of(config, device)
         model.train()
         steps = [_follow(model, batch, autocast, min(config.grad_accum, 2)) for batch in heavy]
         model.eval()
