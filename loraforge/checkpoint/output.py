@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraforge.errors import ConflictError, InputOutputError
-from loraforge_registry.files import named_error
+from loraforge_registry.system import named_error
 
 _CLONE = 0x40049409  # FICLONE: share a whole file's blocks where the file system can (btrfs, xfs, bcachefs)
 _COPY = 64 * 1024 * 1024

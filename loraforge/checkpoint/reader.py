@@ -13,10 +13,10 @@ from pathlib import Path
 
 from loraforge.errors import ConflictError, FormatError, InputOutputError, NotFoundError
 from loraforge_registry import strict_json
-from loraforge_registry.files import named_error
 from loraforge_registry.header import Header, TensorEntry, read_header
 from loraforge_registry.ingest import open_source, read_small
 from loraforge_registry.paths import AnyPath, expand
+from loraforge_registry.system import named_error
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

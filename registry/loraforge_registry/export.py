@@ -9,8 +9,9 @@ from pathlib import Path
 
 from loraforge_registry import objects
 from loraforge_registry.errors import ConflictError, InputOutputError
-from loraforge_registry.files import Buffer, Files, named_error, remove_path, write_new
+from loraforge_registry.files import Files
 from loraforge_registry.manifest import File, Manifest
+from loraforge_registry.system import Buffer, named_error, remove_path, write_new
 
 
 def export(files: Files, manifest: Manifest, target: Path) -> None:

@@ -16,7 +16,7 @@ from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.export import export
-from loraforge_registry.files import Files, check_format, make_store
+from loraforge_registry.files import Files
 from loraforge_registry.index import Summary
 from loraforge_registry.ingest import Incoming, ingest, open_source
 from loraforge_registry.layout import Layout, read_layout
@@ -29,6 +29,7 @@ from loraforge_registry.manifest import (
     Manifest,
 )
 from loraforge_registry.names import Reference, RefName
+from loraforge_registry.new_store import check_format, make_store
 from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.refs import Move
 from loraforge_registry.repair import repair
