@@ -42,6 +42,7 @@ from loraforge_registry.records import Record, Records, has
 from loraforge_registry.refs import Move
 from loraforge_registry.repair import repair
 from loraforge_registry.sessions import Session, open_session, reading
+from loraforge_registry.system import Buffer
 from loraforge_registry.trees import TreeRecord, encode_tree, untruths
 
 
@@ -77,6 +78,11 @@ class Store:
         self._files: Files | None = Files(self.path) if check_format(self.path) else None
         self._own = threading.local()  # a session belongs to one thread
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a store; one that is not is made at the first write."""
+        return self._files is not None
+
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Keep all that is put, tagged or read in the block from collection until its end; blocks may nest."""
@@ -103,19 +109,20 @@ class Store:
         report: Mapping[str, Value] | None = None,
         name: RefName | None = None,
         force: bool = False,
+        expected: Digest | None = None,
     ) -> Artifact:
         """Store an adapter and, with ``name``, point that ref at it.
 
         The tag ``latest`` moves freely; any other moves only with ``force``, or to where it is already.
 
         Raises:
-            FormatError: the adapter is refused; nothing is stored.
+            FormatError: the adapter is refused, or is not the artifact ``expected``; nothing is stored.
             ConflictError: the tag means another artifact; the adapter is stored, and reachable by its digest.
         """
         files = self._writable()
         with self.session() as session:
             session.pin(*(derivation.artifacts() if derivation else ()))
-            artifact = ingest(files, session, incoming, derivation=derivation, report=report)
+            artifact = ingest(files, session, incoming, derivation=derivation, report=report, expected=expected)
             if name is not None:
                 what = "push" if derivation is None else derivation.operation
                 self._move(session, artifact.digest, name, force=force, what=what)
@@ -287,6 +294,14 @@ class Store:
     def read_file(self, file: File, limit: int) -> bytes:
         """Read one small file of an artifact, checked against its digest."""
         return objects.read_all(self._readable(), objects.BLOBS, file.digest, limit)
+
+    def holds(self, file: File) -> bool:
+        """Whether a file's bytes are there, whole; they are read and hashed."""
+        return self._files is not None and objects.is_whole(self._files, objects.BLOBS, file.digest, file.size)
+
+    def chunks(self, file: File) -> Iterator[Buffer]:
+        """Yield a file's bytes; what is damaged raises at its end (see ``objects.verified``)."""
+        return objects.verified(self._readable(), objects.BLOBS, file.digest, file.size)
 
     @contextmanager
     def open_weights(self, manifest: Manifest) -> Iterator[int]:
