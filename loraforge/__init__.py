@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loraforge.formats.peft import save
     from loraforge.layers import Injected, LoraConfig, attach, inject
     from loraforge.registry import Registry, load
-    from loraforge.training import Metrics, TrainConfig, train
+    from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
 
 __version__ = "0.1.0"
 
@@ -35,17 +35,20 @@ _HOMES = {
     "Adapter": "loraforge.adapter",
     "BaseModel": "loraforge.adapter",
     "Extracted": "loraforge.checkpoint.extract",
+    "Halving": "loraforge.training",
     "Injected": "loraforge.layers",
     "LoraConfig": "loraforge.layers",
     "LowRank": "loraforge.adapter",
     "METHODS": "loraforge.compose",
     "Metrics": "loraforge.training",
+    "Member": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
     "Registry": "loraforge.registry",
     "RerankReport": "loraforge.compose",
     "Reranked": "loraforge.compose",
     "TargetReport": "loraforge.compose",
     "TrainConfig": "loraforge.training",
+    "Trained": "loraforge.training",
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
@@ -60,6 +63,7 @@ _HOMES = {
     "save": "loraforge.formats.peft",
     "stack": "loraforge.compose",
     "train": "loraforge.training",
+    "train_many": "loraforge.training",
     "unmerge": "loraforge.checkpoint.merge",
     "unmerge_in_place": "loraforge.checkpoint.inplace",
     "verify_merge": "loraforge.checkpoint.verify",
@@ -70,10 +74,12 @@ __all__ = [
     "Adapter",
     "BaseModel",
     "Extracted",
+    "Halving",
     "Injected",
     "LoraConfig",
     "LoraforgeError",
     "LowRank",
+    "Member",
     "MergeResult",
     "Metrics",
     "Registry",
@@ -81,6 +87,7 @@ __all__ = [
     "Reranked",
     "TargetReport",
     "TrainConfig",
+    "Trained",
     "VerifyReport",
     "__version__",
     "attach",
@@ -96,6 +103,7 @@ __all__ = [
     "save",
     "stack",
     "train",
+    "train_many",
     "unmerge",
     "unmerge_in_place",
     "verify_merge",
