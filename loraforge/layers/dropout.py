@@ -58,12 +58,20 @@ def draw(rate: float, generator: torch.Generator | None = None) -> Dropout | Non
 
 def fresh_seed(generator: torch.Generator | None = None) -> int:
     """Draw a seed, from torch's default CPU generator unless another is given."""
-    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator))
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator)
+    return 0 if _valueless() else int(seed)
 
 
 def _words(count: int, seed: int, device: torch.device) -> Tensor:
     """Return ``count`` random 64-bit words: a GPU's own, elsewhere SFC64, the fastest there is on a CPU."""
+    if _valueless():
+        return torch.empty(count, dtype=torch.int64, device=device)
     if device.type != "cuda":
         return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+
+
+def _valueless() -> bool:
+    """Whether tensors have shapes only now, as when a run's memory is estimated: a new one is then of another class."""
+    return type(torch.empty(0)) is not Tensor

@@ -26,9 +26,9 @@ from loraforge.formats import peft
 from loraforge.training.batches import Cursor
 from loraforge.training.config import TrainConfig
 from loraforge_registry.export import write_directory
-from loraforge_registry.files import Buffer
 from loraforge_registry.header import encode_header, parse_header, read_header
 from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
+from loraforge_registry.system import Buffer
 
 STATE, TENSORS, METRICS = "state.json", "state.safetensors", "metrics.jsonl"
 _FREE = frozenset({"device", "keep", "save_every"})

@@ -279,7 +279,7 @@ def placed(model: nn.Module, config: TrainConfig) -> Iterator[torch.device]:
     device = home if home.type == "meta" else choose_device(config.device)
     if device != home:
         model.to(device)
-    undo = _checkpointing(model) if config.grad_checkpoint else None
+    undo = checkpointing(model) if config.grad_checkpoint else None
     try:
         yield device
     finally:
@@ -307,7 +307,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _checkpointing(model: nn.Module) -> Callable[[], object]:
+def checkpointing(model: nn.Module) -> Callable[[], object]:
     """Let a model of transformers (which renamed this in version 5) compute activations again; return the undoing."""
     for name in ("activation", "gradient"):
         enable = getattr(model, f"{name}_checkpointing_enable", None)

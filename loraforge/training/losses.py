@@ -21,8 +21,8 @@ from loraforge.errors import TrainingError
 from loraforge.training.batches import IGNORED, Batch
 
 
-def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
-    """Run a model on a batch and return its loss.
+def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, places: Tensor | None = None) -> Tensor:
+    """Run a model on a batch and return its loss; ``places`` are those of ``learned_places``, if known already.
 
     Raises:
         TrainingError: it returns none.
@@ -31,7 +31,7 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Ten
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         if isinstance(batch, Mapping):
             if isinstance(batch.get("labels"), Tensor) and keeps_logits(model):
-                return _loss_at_labels(model, batch)
+                return _loss_at_labels(model, batch, places)
             out = model(**batch)
         else:
             out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
@@ -46,7 +46,7 @@ def losses_of(model: nn.Module, batch: Mapping[str, Any], sizes: list[int], auto
     """
     device = next(model.parameters()).device.type
     with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        labels, places = _shifted(batch["labels"])
+        labels, places = _following(batch["labels"]), learned_places(batch["labels"])
         rest = {key: value for key, value in batch.items() if key != "labels"}
         logits = model(**rest, logits_to_keep=places).logits  # (rows, places, vocabulary)
         pairs = zip(torch.split(logits, sizes), torch.split(labels[:, places], sizes), strict=True)
@@ -67,17 +67,21 @@ def _takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
-def _loss_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    labels, places = _shifted(batch["labels"])
+def learned_places(labels: Tensor) -> Tensor:
+    """Return the positions with a label to predict in some row: labels (rows, T) -> (places,)."""
+    return (_following(labels) != IGNORED).any(0).nonzero().flatten()
+
+
+def _following(labels: Tensor) -> Tensor:
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]  # (rows, T): what follows each token
+
+
+def _loss_at_labels(model: nn.Module, batch: Mapping[str, Any], places: Tensor | None) -> Tensor:
+    labels = _following(batch["labels"])
+    places = learned_places(batch["labels"]) if places is None else places
     rest = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**rest, logits_to_keep=places).logits  # (rows, places, vocabulary)
     return _mean_loss(logits, labels[:, places])
-
-
-def _shifted(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what follows each token (rows, T), and the places where that is learned in some row."""
-    labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    return labels, (labels != IGNORED).any(0).nonzero().flatten()
 
 
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from loraforge_registry.collect import Manifests
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, ReferenceSyntaxError, StoreError
 from loraforge_registry.export import write_file
-from loraforge_registry.files import CHUNK, Buffer, Files
+from loraforge_registry.files import Files
 from loraforge_registry.header import header_length, parse_header
 from loraforge_registry.ingest import MAX_README, Incoming, examine
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, Manifest, decode_manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.sessions import Session
+from loraforge_registry.system import CHUNK, Buffer
 
 MAGIC = b"loraforge-bundle 1\n"
 SCHEMA = "loraforge.bundle/1"

@@ -17,7 +17,7 @@ from loraforge_registry.canonical import Value
 from loraforge_registry.config import AdapterConfig, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, ManifestError, NotFoundError
-from loraforge_registry.files import Buffer, Files, named_error, read_chunks
+from loraforge_registry.files import Files
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.layout import Layout, content_id, read_layout
 from loraforge_registry.manifest import (
@@ -33,6 +33,7 @@ from loraforge_registry.manifest import (
     encode_manifest,
 )
 from loraforge_registry.sessions import Session
+from loraforge_registry.system import Buffer, named_error, read_chunks
 
 MAX_README = 4 * 1024 * 1024
 

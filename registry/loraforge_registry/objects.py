@@ -6,8 +6,10 @@ from contextlib import contextmanager
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError, StoreError
-from loraforge_registry.files import SHARDS, Buffer, Files, Temporary, read_chunks
+from loraforge_registry.files import Files, Temporary
+from loraforge_registry.new_store import SHARDS
 from loraforge_registry.sessions import Session
+from loraforge_registry.system import Buffer, read_chunks
 
 BLOBS = "blobs/sha256"
 MANIFESTS = "manifests/sha256"

@@ -16,7 +16,7 @@ from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.export import export
-from loraforge_registry.files import Files, check_format, make_store
+from loraforge_registry.files import Files
 from loraforge_registry.index import Summary
 from loraforge_registry.ingest import Incoming, ingest, open_source
 from loraforge_registry.layout import Layout, read_layout
@@ -29,6 +29,7 @@ from loraforge_registry.manifest import (
     Manifest,
 )
 from loraforge_registry.names import Reference, RefName
+from loraforge_registry.new_store import check_format, make_store
 from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.refs import Move
 from loraforge_registry.repair import repair
@@ -349,6 +350,23 @@ class Store:
     def has(self, digest: Digest) -> bool:
         """Whether the store holds an artifact."""
         return self._files is not None and has(self._files, digest)
+
+    def recall(self, work: Digest) -> Digest | None:
+        """Return the artifact that ``remember`` was told of for this work, if it is here still.
+
+        Within ``session`` it stays until the session's end.
+        """
+        found = None if self._files is None else index.read_result(self.path, work)
+        if found is None:
+            return None
+        session: Session | None = getattr(self._own, "session", None)
+        if session is not None:
+            session.pin(found)
+        return found if self.has(found) else None
+
+    def remember(self, work: Digest, artifact: Digest) -> None:
+        """Keep in the index what a piece of work came to, so that nobody does it twice; the row may be lost."""
+        index.write_result(self._writable().root, work, artifact)
 
     def _line(
         self,
