@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from loraforge.layers import Injected, LoraConfig, attach, inject
     from loraforge.recipe import Rebuilt, Recipe, explain, rebuild
     from loraforge.registry import Registry, load
-    from loraforge.training import Metrics, TrainConfig, train
+    from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
 
 __version__ = "0.1.0"
 
@@ -47,11 +47,13 @@ _HOMES = {
     "BaseModel": "loraforge.adapter",
     "Explanation": "loraforge.compose",
     "Extracted": "loraforge.checkpoint.extract",
+    "Halving": "loraforge.training",
     "Injected": "loraforge.layers",
     "LoraConfig": "loraforge.layers",
     "LowRank": "loraforge.adapter",
     "METHODS": "loraforge.compose",
     "Metrics": "loraforge.training",
+    "Member": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
     "Rebuilt": "loraforge.recipe",
     "Recipe": "loraforge.recipe",
@@ -60,6 +62,7 @@ _HOMES = {
     "Reranked": "loraforge.compose",
     "TargetReport": "loraforge.compose",
     "TrainConfig": "loraforge.training",
+    "Trained": "loraforge.training",
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
@@ -77,6 +80,7 @@ _HOMES = {
     "select": "loraforge.compose",
     "stack": "loraforge.compose",
     "train": "loraforge.training",
+    "train_many": "loraforge.training",
     "unmerge": "loraforge.checkpoint.merge",
     "unmerge_in_place": "loraforge.checkpoint.inplace",
     "verify_merge": "loraforge.checkpoint.verify",
@@ -88,10 +92,12 @@ __all__ = [
     "BaseModel",
     "Explanation",
     "Extracted",
+    "Halving",
     "Injected",
     "LoraConfig",
     "LoraforgeError",
     "LowRank",
+    "Member",
     "MergeResult",
     "Metrics",
     "Rebuilt",
@@ -101,6 +107,7 @@ __all__ = [
     "Reranked",
     "TargetReport",
     "TrainConfig",
+    "Trained",
     "VerifyReport",
     "__version__",
     "attach",
@@ -119,6 +126,7 @@ __all__ = [
     "select",
     "stack",
     "train",
+    "train_many",
     "unmerge",
     "unmerge_in_place",
     "verify_merge",

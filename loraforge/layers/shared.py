@@ -40,13 +40,14 @@ class Rows:
 
 
 class Shared:
-    """Several adapters in one model. Between ``rows`` blocks the model computes what it did without them."""
+    """Several adapters in one model. Outside of ``rows`` and ``alone`` the model computes what it did without them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.members: dict[str, Injected] = {}
         self.generators: dict[str, torch.Generator] = {}
         self._rows: tuple[Rows, ...] = ()
+        self._alone = False
         self._seeds: dict[int, list[Dropout | None]] = {}
         self._modules: dict[str, nn.Module] = {}
         self._had_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -82,12 +83,22 @@ class Shared:
 
     @contextmanager
     def rows(self, rows: Sequence[Rows]) -> Iterator[None]:
-        """Say whose the rows of the batch are that the model is about to see; with one adapter, all are its."""
+        """Say whose the rows of the batch are that the model is about to see."""
         self._rows, self._seeds = tuple(rows), {}
         try:
             yield
         finally:
             self._rows, self._seeds = (), {}
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Say that all the model sees is one adapter's; random values are then torch's default's, as in its own run."""
+        self._alone = True
+        try:
+            with self.rows([Rows(name, 0)]):
+                yield
+        finally:
+            self._alone = False
 
     def forward(self, target: str, module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - of a known kind
         """Run a module: what takes the place of its forward."""
@@ -95,7 +106,7 @@ class Shared:
         if all(lora is None for lora in found):
             y: Tensor = type(module).forward(module, x)
             return y
-        if len(found) == 1 and found[0] is not None:  # alone, to the bit what a run of its own does
+        if self._alone and found[0] is not None:  # to the bit what a run of its own does
             return run_adapted(module, found[0], x, draw(found[0].dropout) if drops(module) else None)
         if x.shape[0] != sum(rows.count for rows in self._rows):
             raise ApartError(f"the input of {target!r} has {x.shape[0]} rows, not those of the batch")

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from loraforge.errors import NumericalError, TrainingError
-from loraforge.layers.shared import ApartError, Rows
+from loraforge.layers.shared import ApartError
 from loraforge.training import checkpoints, group_state
 from loraforge.training.batches import Batch, Window, windows
 from loraforge.training.halving import Halving, losers
@@ -169,7 +169,7 @@ class Group:
         return metrics
 
     def _evaluate(self, seat: Seat, valid: Iterable[Batch]) -> float:
-        with self.way.shared.rows([Rows(seat.name, 0)]):
+        with self.way.shared.alone(seat.name):
             return evaluate(self.way.model, valid, self.way.count, self.way.autocast)
 
     def _end(self, done: Sequence[tuple[Seat, Metrics]]) -> None:

@@ -67,7 +67,7 @@ def in_turns(way: Way, turns: Sequence[Turn]) -> Found:
     """Add each adapter's gradient, one after another: to the bit those of runs alone."""
     found = {}
     for turn in turns:
-        with way.shared.rows([Rows(turn.name, 0)]):
+        with way.shared.alone(turn.name):
             seed_all(turn.seed, "step", turn.step)
             found[turn.name] = window_gradient(way.model, turn.batches, way.count, way.autocast)
     return found
@@ -93,8 +93,8 @@ def together(way: Way, turns: Sequence[Turn]) -> Found:
             shares = [counts[turn.name][place] / totals[turn.name] for turn in live]
             here = [counts[turn.name][place] for turn in live]
             found = _pass(way, [(turn.name, turn.batches[place]) for turn in live], here, shares)
-            for turn, loss, part in zip(live, found, shares, strict=True):
-                losses[turn.name] += loss * part
+            for turn, loss in zip(live, found, strict=True):
+                losses[turn.name] += loss
     return {name: (loss, totals[name]) for name, loss in losses.items()}
 
 
@@ -114,14 +114,15 @@ def agree(
 
 
 def _pass(way: Way, owned: Sequence[tuple[str, Batch]], counts: Sequence[int], shares: Sequence[float]) -> list[float]:
-    """Run forward and backward on one micro-batch of each owner; return each one's mean loss."""
+    """Run forward and backward on one micro-batch of each owner; return each one's share of its window's loss."""
     device = next(way.model.parameters()).device
     batch, rows = put_together(way.model, owned)
     batch, sizes = to_device(batch, device), [one.count for one in rows]
     with way.shared.rows(rows):
         losses = _losses(way, batch, sizes, torch.tensor(counts, device=device))
-        (losses * torch.tensor(shares, device=device, dtype=losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
-    found: list[float] = losses.detach().tolist()
+        parts = losses * torch.tensor(shares, device=device, dtype=losses.dtype)
+        parts.sum().backward()  # type: ignore[no-untyped-call]
+    found: list[float] = parts.detach().tolist()
     return found
 
 
