@@ -23,9 +23,20 @@ if TYPE_CHECKING:
     from loraforge.checkpoint.merge import merge, preview_merge, unmerge
     from loraforge.checkpoint.result import MergeResult
     from loraforge.checkpoint.verify import VerifyReport, verify_merge
-    from loraforge.compose import METHODS, Reranked, RerankReport, TargetReport, linear, rerank, stack
+    from loraforge.compose import (
+        METHODS,
+        Explanation,
+        Reranked,
+        RerankReport,
+        TargetReport,
+        linear,
+        rerank,
+        select,
+        stack,
+    )
     from loraforge.formats.peft import save
     from loraforge.layers import Injected, LoraConfig, attach, inject
+    from loraforge.recipe import Rebuilt, Recipe, explain, rebuild
     from loraforge.registry import Registry, load
     from loraforge.training import Metrics, TrainConfig, train
 
@@ -34,6 +45,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "loraforge.adapter",
     "BaseModel": "loraforge.adapter",
+    "Explanation": "loraforge.compose",
     "Extracted": "loraforge.checkpoint.extract",
     "Injected": "loraforge.layers",
     "LoraConfig": "loraforge.layers",
@@ -41,6 +53,8 @@ _HOMES = {
     "METHODS": "loraforge.compose",
     "Metrics": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
+    "Rebuilt": "loraforge.recipe",
+    "Recipe": "loraforge.recipe",
     "Registry": "loraforge.registry",
     "RerankReport": "loraforge.compose",
     "Reranked": "loraforge.compose",
@@ -49,6 +63,7 @@ _HOMES = {
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
+    "explain": "loraforge.recipe",
     "extract": "loraforge.checkpoint.extract",
     "inject": "loraforge.layers",
     "linear": "loraforge.compose",
@@ -56,8 +71,10 @@ _HOMES = {
     "merge": "loraforge.checkpoint.merge",
     "merge_in_place": "loraforge.checkpoint.inplace",
     "preview_merge": "loraforge.checkpoint.merge",
+    "rebuild": "loraforge.recipe",
     "rerank": "loraforge.compose",
     "save": "loraforge.formats.peft",
+    "select": "loraforge.compose",
     "stack": "loraforge.compose",
     "train": "loraforge.training",
     "unmerge": "loraforge.checkpoint.merge",
@@ -69,6 +86,7 @@ __all__ = [
     "METHODS",
     "Adapter",
     "BaseModel",
+    "Explanation",
     "Extracted",
     "Injected",
     "LoraConfig",
@@ -76,6 +94,8 @@ __all__ = [
     "LowRank",
     "MergeResult",
     "Metrics",
+    "Rebuilt",
+    "Recipe",
     "Registry",
     "RerankReport",
     "Reranked",
@@ -85,6 +105,7 @@ __all__ = [
     "__version__",
     "attach",
     "content_id",
+    "explain",
     "extract",
     "inject",
     "linear",
@@ -92,8 +113,10 @@ __all__ = [
     "merge",
     "merge_in_place",
     "preview_merge",
+    "rebuild",
     "rerank",
     "save",
+    "select",
     "stack",
     "train",
     "unmerge",

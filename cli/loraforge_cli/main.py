@@ -30,6 +30,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "gc": ("gc", "Take away what no name or lineage needs."),
     "fsck": ("fsck", "Is the store whole? Say what is not, and repair it."),
     "compose": ("compose", "Combine adapters into one, exactly."),
+    "rebuild": ("rebuild", "Derive an adapter again: is it the same?"),
+    "explain": ("explain", "As what combination of others can an adapter be written?"),
     "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
     "train": ("train", "Train an adapter for a base."),
     "merge": ("merge", "Write adapters into a base checkpoint."),

@@ -88,11 +88,16 @@ def refuse_url(text: str) -> None:
         raise click.UsageError(f"{text}: this version has no remotes; name a directory, or an adapter in the store")
 
 
+def is_recipe(text: str) -> bool:
+    """Whether a source is a recipe: a file of that kind, by its name."""
+    return text.endswith((".yaml", ".yml"))
+
+
 def weighted(text: str) -> tuple[str, float]:
     """Read SOURCE[=WEIGHT]; a path may hold an equals sign of its own."""
     refuse_url(text)
-    if text.endswith((".yaml", ".yml")):
-        raise click.UsageError(f"{text}: this version has no recipes; give SOURCE=WEIGHT...")
+    if is_recipe(text):
+        raise click.UsageError(f"{text}: a recipe stands alone; what it combines, and how, it says itself")
     source, equals, weight = text.rpartition("=")
     if not equals or (is_path(text) and Path(text).exists()):
         with contextlib.suppress(ValueError):

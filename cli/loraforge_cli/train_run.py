@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from loraforge.training.data.formats import read_samples
 from loraforge.training.data.loader import Loader, make_loader
 from loraforge.training.data.tokens import Counted, Tokenizer, show, tokenize
 from loraforge.training.loop import make_plan
+from loraforge.training.memory import estimate
 from loraforge.training.provenance import base_digest, data_digest, trained
 from loraforge_cli.describe import Described, describe
 from loraforge_cli.options import Session
@@ -90,14 +91,11 @@ def prepare(session: Session, settings: TrainSettings) -> Prepared:
 
 
 def show_plan(session: Session, prepared: Prepared) -> None:
-    """Print what a run would do: parameters, steps, memory without activations, the first sample with its mask."""
+    """Print what a run would do: parameters, steps, memory at its peak, the first sample with its mask."""
     settings, model = prepared.settings, prepared.model
     total = sum(parameter.numel() for parameter in model.parameters())
-    base_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     injected = inject(model, settings.config)
-    parameters = injected.parameters().values()
-    trainable = sum(parameter.numel() for parameter in parameters)
-    state = sum(parameter.numel() * parameter.itemsize for parameter in parameters) * 4  # itself, gradient, two moments
+    trainable = sum(parameter.numel() for parameter in injected.parameters().values())
     injected.remove()
     plan = make_plan(prepared.loader, settings.config)
     counted = prepared.counted
@@ -110,8 +108,7 @@ def show_plan(session: Session, prepared: Prepared) -> None:
         "truncated": counted.truncated,
         "skipped": counted.skipped,
         "steps": plan.total,
-        "bytes_of_base": base_bytes,
-        "bytes_of_training_state": state,
+        **_memory(prepared),
         "first_sample": show(prepared.loader.rows[0], prepared.tokenizer),
     }
     if session.as_json:
@@ -124,11 +121,38 @@ def show_plan(session: Session, prepared: Prepared) -> None:
                 f"on {len(injected.targets)} targets",
                 "data": _data_line(counted),
                 "steps": str(plan.total),
-                "memory": f"{size(base_bytes)} base, {size(state)} training state, without activations",
+                "memory": _memory_line(found),
             }
         )
     )
     click.echo(f"\nThe first sample; [[ ]] is learned:\n{found['first_sample']}")
+
+
+def _memory(prepared: Prepared) -> dict[str, Any]:
+    """The bytes at the peak of a run and what they are of, or why that cannot be said."""
+    settings, valid = prepared.settings, prepared.valid
+    judged = () if valid is None else valid.heaviest()
+    try:
+        memory = estimate(
+            prepared.model, prepared.loader.heaviest(settings.config.epochs), settings.config, valid=judged
+        )
+    except TrainingError as error:
+        return {"bytes_at_peak": None, "why_not": str(error)}
+    return {
+        "bytes_at_peak": memory.total,
+        "bytes_of_base": memory.base,
+        "bytes_of_adapter": memory.adapter,
+        "bytes_of_moments": memory.moments,
+        "bytes_of_step": memory.step + memory.batches,
+    }
+
+
+def _memory_line(found: Mapping[str, Any]) -> str:
+    if found["bytes_at_peak"] is None:
+        return str(found["why_not"])
+    base, adapter, moments, step = (size(found[f"bytes_of_{n}"]) for n in ("base", "adapter", "moments", "step"))
+    whole = size(found["bytes_at_peak"])
+    return f"{whole} at the peak: base {base}, adapter {adapter}, moments {moments}, a step on the largest batch {step}"
 
 
 def run_training(session: Session, prepared: Prepared, name: RefName, *, resume: bool, force: bool) -> None:

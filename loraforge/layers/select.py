@@ -11,7 +11,7 @@ from loraforge.layers.config import LoraConfig
 from loraforge.layers.kinds import is_transposed, kind_of, why_not
 from loraforge_registry.config import Settings
 from loraforge_registry.layout import Targeted
-from loraforge_registry.patterns import Matcher, PatternTable, ends_with_path, suffixes
+from loraforge_registry.patterns import ATTENTION, Matcher, PatternTable, ends_with_path, suffixes
 
 _LISTED = 8
 
@@ -111,7 +111,7 @@ def _wants(targeted: Targeted, config: LoraConfig, model: nn.Module, name: str, 
 def _settings(config: LoraConfig) -> Settings:
     targets = config.targets
     if targets == "attention":
-        targets = r"(?i)(.*\.)?[^.]*att(n|ention)[^.]*\..*"
+        targets = ATTENTION
     return Settings(
         target_modules=targets,
         exclude_modules=config.exclude,

@@ -89,6 +89,25 @@ def write_file(target: Path, contents: Callable[[], Iterable[Buffer]]) -> int:
         remove_path(staging)
 
 
+def replace_file(target: Path, data: Buffer) -> None:
+    """Write a file in place of what is there: it is the old one or the new one at any moment.
+
+    Raises:
+        InputOutputError: it cannot be written; the old one stays.
+    """
+    staging = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
+    try:
+        write_new(staging, [data])
+        staging.replace(target)
+        _sync(target.parent)
+    except OSError as error:
+        if isinstance(error, InputOutputError):
+            raise
+        raise named_error(error, target) from error
+    finally:
+        remove_path(staging)
+
+
 def _is_same(one: Path, other: Path) -> bool:
     if other.is_symlink() or not other.is_file() or one.stat().st_size != other.stat().st_size:
         return False

@@ -17,6 +17,7 @@ from loraforge_registry.errors import ConfigError
 
 MAX_PATTERN = 8192
 TIME_LIMIT = 1.0  # seconds for all matches of one config; honest patterns take a thousandth
+ATTENTION = r"(?i)(.*\.)?[^.]*att(n|ention)[^.]*\..*"  # what "attention" means as a target
 
 _PLAIN = re.compile(r"[\w.\-]*")
 # What re and regex read differently, and the way out. A brace can begin a fuzzy match, [: a POSIX class.

@@ -351,6 +351,23 @@ class Store:
         """Whether the store holds an artifact."""
         return self._files is not None and has(self._files, digest)
 
+    def recall(self, work: Digest) -> Digest | None:
+        """Return the artifact that ``remember`` was told of for this work, if it is here still.
+
+        Within ``session`` it stays until the session's end.
+        """
+        found = None if self._files is None else index.read_result(self.path, work)
+        if found is None:
+            return None
+        session: Session | None = getattr(self._own, "session", None)
+        if session is not None:
+            session.pin(found)
+        return found if self.has(found) else None
+
+    def remember(self, work: Digest, artifact: Digest) -> None:
+        """Keep in the index what a piece of work came to, so that nobody does it twice; the row may be lost."""
+        index.write_result(self._writable().root, work, artifact)
+
     def _line(
         self,
         ref: RefName,

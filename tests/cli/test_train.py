@@ -150,12 +150,14 @@ def test_a_dry_run_shows_the_plan_and_the_first_sample_and_stores_nothing(base, 
         "2",
     )
     shown = run(*command)
-    for fragment in ("trained  ", "of 24.4k", "24 samples", "steps    9", "training state", ">[["):
+    for fragment in ("trained  ", "of 24.4k", "24 samples", "steps    9", " at the peak: base ", ">[["):
         assert fragment in shown.out
     found = run(*command, "--json").json
     adapter = lf.inject(_model(base), lf.LoraConfig(rank=2)).adapter()
     assert found["trainable"] == adapter.parameters
-    assert found["bytes_of_training_state"] == 16 * adapter.parameters
+    assert (found["bytes_of_adapter"], found["bytes_of_moments"]) == (4 * adapter.parameters, 8 * adapter.parameters)
+    parts = sum(found[f"bytes_of_{name}"] for name in ("base", "adapter", "moments", "step"))
+    assert found["bytes_at_peak"] == parts > found["bytes_of_base"] >= 4 * found["parameters"]
     assert (found["steps"], found["samples"], found["truncated"]) == (9, 24, 0)
     assert run("ls", "--json").json == []
     assert run(*command, "--max-length", "6", "--json").json["truncated"] > 0
