@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loraforge.layers import Injected, LoraConfig, attach, inject
     from loraforge.registry import Registry, load
     from loraforge.training import Metrics, TrainConfig, train
+    from loraforge.tree import Node, Tree
 
 __version__ = "0.1.0"
 
@@ -41,11 +42,13 @@ _HOMES = {
     "METHODS": "loraforge.compose",
     "Metrics": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
+    "Node": "loraforge.tree",
     "Registry": "loraforge.registry",
     "RerankReport": "loraforge.compose",
     "Reranked": "loraforge.compose",
     "TargetReport": "loraforge.compose",
     "TrainConfig": "loraforge.training",
+    "Tree": "loraforge.tree",
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
@@ -76,11 +79,13 @@ __all__ = [
     "LowRank",
     "MergeResult",
     "Metrics",
+    "Node",
     "Registry",
     "RerankReport",
     "Reranked",
     "TargetReport",
     "TrainConfig",
+    "Tree",
     "VerifyReport",
     "__version__",
     "attach",
