@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loraforge.recipe import Rebuilt, Recipe, explain, rebuild
     from loraforge.registry import Registry, load
     from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
+    from loraforge.tree import Node, Tree
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     "Metrics": "loraforge.training",
     "Member": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
+    "Node": "loraforge.tree",
     "Rebuilt": "loraforge.recipe",
     "Recipe": "loraforge.recipe",
     "Registry": "loraforge.registry",
@@ -63,6 +65,7 @@ _HOMES = {
     "TargetReport": "loraforge.compose",
     "TrainConfig": "loraforge.training",
     "Trained": "loraforge.training",
+    "Tree": "loraforge.tree",
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
@@ -100,6 +103,7 @@ __all__ = [
     "Member",
     "MergeResult",
     "Metrics",
+    "Node",
     "Rebuilt",
     "Recipe",
     "Registry",
@@ -108,6 +112,7 @@ __all__ = [
     "TargetReport",
     "TrainConfig",
     "Trained",
+    "Tree",
     "VerifyReport",
     "__version__",
     "attach",

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraforge_registry import bundle, index, names, objects, refs
@@ -34,6 +34,7 @@ from loraforge_registry.manifest import (
     Derivation,
     File,
     Manifest,
+    encode_manifest,
 )
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.new_store import check_format, make_store
@@ -128,6 +129,23 @@ class Store:
                 self._move(session, artifact.digest, name, force=force, what=what)
             index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
         return artifact
+
+    def put_again(
+        self, digest: Digest, derivation: Derivation, *, report: Mapping[str, Value] | None = None
+    ) -> Artifact:
+        """Record the files of an artifact a second time, as made otherwise; nothing is copied.
+
+        Raises:
+            NotFoundError: it is not in the store.
+        """
+        files = self._writable()
+        with self.session() as session:
+            session.pin(digest, *derivation.artifacts())
+            self._make_durable(digest)
+            again = replace(self.manifest(digest), derivation=derivation, report=report)
+            session.pin(*again.blobs)
+            found, _ = objects.put(files, session, objects.MANIFESTS, [encode_manifest(again)])
+        return Artifact(found, again.content_id)
 
     def put_tree(self, tree: TreeRecord, name: RefName, *, expected: Digest | None, what: str) -> Digest:
         """Store a tree whose nodes are in the store, and move ``name`` from ``expected`` to it; return its digest.

@@ -2,8 +2,8 @@
 
 ``TABLE`` gives for every one where it was seen and what tests it; those without a test in another module are below.
 Number 25, rows of the base alone in a batch of several adapters, is of the layers that mix them; 28, a compiled model
-that compiles again for each adapter, cannot be: what is compiled has one. Quantised bases are refused, which is all that
-17 and 22 ask.
+that compiles again for each adapter, cannot be: what is compiled has one. Quantised bases are refused, which is all
+that 17 and 22 ask.
 """
 
 import importlib
