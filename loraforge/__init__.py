@@ -14,6 +14,7 @@ Importing this package imports neither torch nor anything else that is slow; nam
 import importlib
 from typing import TYPE_CHECKING
 
+from loraforge.version import __version__
 from loraforge_registry.errors import LoraforgeError
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from loraforge.registry import Registry, load
     from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
     from loraforge.tree import Node, Tree
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "loraforge.adapter",

@@ -16,6 +16,7 @@ from loraforge.training.provenance import base_digest, trained
 from loraforge.tree.flatten import flatten
 from loraforge.tree.live import Live
 from loraforge.tree.nodes import Cache, below, check_fits, ingredients, path_of
+from loraforge.version import __version__
 from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Artifact, Derivation, Input, Manifest
@@ -238,7 +239,7 @@ class Tree:
         record = self.check_free(path)
         with self.checkout(model, parent_path(path) or ""):
             adapter = train(model, data, config, **options)
-        derivation = self.grown(path, record, trained(config, facts or {}, version=_version()))
+        derivation = self.grown(path, record, trained(config, facts or {}, version=__version__))
         with self.registry.store.session():
             found = self.registry.store.put(peft.encode(adapter), derivation=derivation)
             self.commit(record, {path: found.digest}, f"tree grow {path}")
@@ -372,9 +373,3 @@ def _rebased(before: TreeRecord, current: TreeRecord | None, changed: Mapping[st
 def _steps(path: str) -> Sequence[str]:
     parts = path.split("/")
     return ["/".join(parts[: n + 1]) for n in range(len(parts))]
-
-
-def _version() -> str:
-    import loraforge  # noqa: PLC0415 - it imports this package's names
-
-    return loraforge.__version__
