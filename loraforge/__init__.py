@@ -14,6 +14,7 @@ Importing this package imports neither torch nor anything else that is slow; nam
 import importlib
 from typing import TYPE_CHECKING
 
+from loraforge.version import __version__
 from loraforge_registry.errors import LoraforgeError
 
 if TYPE_CHECKING:
@@ -38,21 +39,23 @@ if TYPE_CHECKING:
     from loraforge.layers import Injected, LoraConfig, attach, inject
     from loraforge.recipe import Rebuilt, Recipe, explain, rebuild
     from loraforge.registry import Registry, load
-    from loraforge.training import Metrics, TrainConfig, train
-
-__version__ = "0.1.0"
+    from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
+    from loraforge.tree import Node, Tree
 
 _HOMES = {
     "Adapter": "loraforge.adapter",
     "BaseModel": "loraforge.adapter",
     "Explanation": "loraforge.compose",
     "Extracted": "loraforge.checkpoint.extract",
+    "Halving": "loraforge.training",
     "Injected": "loraforge.layers",
     "LoraConfig": "loraforge.layers",
     "LowRank": "loraforge.adapter",
     "METHODS": "loraforge.compose",
     "Metrics": "loraforge.training",
+    "Member": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
+    "Node": "loraforge.tree",
     "Rebuilt": "loraforge.recipe",
     "Recipe": "loraforge.recipe",
     "Registry": "loraforge.registry",
@@ -60,6 +63,8 @@ _HOMES = {
     "Reranked": "loraforge.compose",
     "TargetReport": "loraforge.compose",
     "TrainConfig": "loraforge.training",
+    "Trained": "loraforge.training",
+    "Tree": "loraforge.tree",
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
@@ -77,6 +82,7 @@ _HOMES = {
     "select": "loraforge.compose",
     "stack": "loraforge.compose",
     "train": "loraforge.training",
+    "train_many": "loraforge.training",
     "unmerge": "loraforge.checkpoint.merge",
     "unmerge_in_place": "loraforge.checkpoint.inplace",
     "verify_merge": "loraforge.checkpoint.verify",
@@ -88,12 +94,15 @@ __all__ = [
     "BaseModel",
     "Explanation",
     "Extracted",
+    "Halving",
     "Injected",
     "LoraConfig",
     "LoraforgeError",
     "LowRank",
+    "Member",
     "MergeResult",
     "Metrics",
+    "Node",
     "Rebuilt",
     "Recipe",
     "Registry",
@@ -101,6 +110,8 @@ __all__ = [
     "Reranked",
     "TargetReport",
     "TrainConfig",
+    "Trained",
+    "Tree",
     "VerifyReport",
     "__version__",
     "attach",
@@ -119,6 +130,7 @@ __all__ = [
     "select",
     "stack",
     "train",
+    "train_many",
     "unmerge",
     "unmerge_in_place",
     "verify_merge",

@@ -8,13 +8,13 @@ from loraforge.formats import peft
 from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, StoreError
-from loraforge_registry.files import read_chunks
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.ingest import TensorHasher, open_adapter
 from loraforge_registry.manifest import CONFIG_FILE, Artifact, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.paths import AnyPath, expand, is_path
 from loraforge_registry.store import Named, Store
+from loraforge_registry.system import read_chunks
 
 
 class Registry:

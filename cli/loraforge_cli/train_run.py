@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,14 @@ from loraforge.training.data.formats import read_samples
 from loraforge.training.data.loader import Loader, make_loader
 from loraforge.training.data.tokens import Counted, Tokenizer, show, tokenize
 from loraforge.training.loop import make_plan
+from loraforge.training.memory import estimate
 from loraforge.training.provenance import base_digest, data_digest, trained
 from loraforge_cli.describe import Described, describe
 from loraforge_cli.options import Session
 from loraforge_cli.output import count, emit, facts, note, size
 from loraforge_cli.sources import store_sources
 from loraforge_cli.summary import line
-from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer
+from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer, untrained
 from loraforge_cli.train_parent import Parent, load_atop, open_parent
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
@@ -70,6 +71,7 @@ def prepare(session: Session, settings: TrainSettings) -> Prepared:
     model = load_atop(settings.base, parent, settings.config.precision)
     every = (*rows, *held_out)
     check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
+    _warn_of_untrained(session, model, counted, tokenizer, settings)
     if settings.pack:
         check_packs(model, max(len(row.ids) for row in every))
     dtype = next(model.parameters()).dtype if settings.pack else None
@@ -89,15 +91,31 @@ def prepare(session: Session, settings: TrainSettings) -> Prepared:
     return Prepared(settings, model, tokenizer, counted, loader(rows), valid, read, parent)
 
 
+def _warn_of_untrained(
+    session: Session,
+    model: Any,  # noqa: ANN401 - a model of transformers
+    counted: Counted,
+    tokenizer: Tokenizer,
+    settings: TrainSettings,
+) -> None:
+    """Say when what ends the answers is a token that the base never learned to say: LoRA leaves the head as it is."""
+    if settings.config.modules_to_save:
+        return
+    ends = (next((label for label in reversed(row.labels) if label >= 0), None) for row in counted.rows)
+    for number in untrained(model, (end for end in ends if end is not None)):
+        note(
+            f"data: answers end in token {number} ({tokenizer.decode([number])!r}), whose row in the base's head was "
+            "never trained: the model may not learn to stop; train the head too with --modules-to-save lm_head",
+            quiet=session.quiet,
+        )
+
+
 def show_plan(session: Session, prepared: Prepared) -> None:
-    """Print what a run would do: parameters, steps, memory without activations, the first sample with its mask."""
+    """Print what a run would do: parameters, steps, memory at its peak, the first sample with its mask."""
     settings, model = prepared.settings, prepared.model
     total = sum(parameter.numel() for parameter in model.parameters())
-    base_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     injected = inject(model, settings.config)
-    parameters = injected.parameters().values()
-    trainable = sum(parameter.numel() for parameter in parameters)
-    state = sum(parameter.numel() * parameter.itemsize for parameter in parameters) * 4  # itself, gradient, two moments
+    trainable = sum(parameter.numel() for parameter in injected.parameters().values())
     injected.remove()
     plan = make_plan(prepared.loader, settings.config)
     counted = prepared.counted
@@ -110,8 +128,7 @@ def show_plan(session: Session, prepared: Prepared) -> None:
         "truncated": counted.truncated,
         "skipped": counted.skipped,
         "steps": plan.total,
-        "bytes_of_base": base_bytes,
-        "bytes_of_training_state": state,
+        **_memory(prepared),
         "first_sample": show(prepared.loader.rows[0], prepared.tokenizer),
     }
     if session.as_json:
@@ -124,11 +141,38 @@ def show_plan(session: Session, prepared: Prepared) -> None:
                 f"on {len(injected.targets)} targets",
                 "data": _data_line(counted),
                 "steps": str(plan.total),
-                "memory": f"{size(base_bytes)} base, {size(state)} training state, without activations",
+                "memory": _memory_line(found),
             }
         )
     )
     click.echo(f"\nThe first sample; [[ ]] is learned:\n{found['first_sample']}")
+
+
+def _memory(prepared: Prepared) -> dict[str, Any]:
+    """The bytes at the peak of a run and what they are of, or why that cannot be said."""
+    settings, valid = prepared.settings, prepared.valid
+    judged = () if valid is None else valid.heaviest()
+    try:
+        memory = estimate(
+            prepared.model, prepared.loader.heaviest(settings.config.epochs), settings.config, valid=judged
+        )
+    except TrainingError as error:
+        return {"bytes_at_peak": None, "why_not": str(error)}
+    return {
+        "bytes_at_peak": memory.total,
+        "bytes_of_base": memory.base + memory.copy,
+        "bytes_of_adapter": memory.adapter,
+        "bytes_of_moments": memory.moments,
+        "bytes_of_step": memory.step + memory.batches,
+    }
+
+
+def _memory_line(found: Mapping[str, Any]) -> str:
+    if found["bytes_at_peak"] is None:
+        return str(found["why_not"])
+    base, adapter, moments, step = (size(found[f"bytes_of_{n}"]) for n in ("base", "adapter", "moments", "step"))
+    whole = size(found["bytes_at_peak"])
+    return f"{whole} at the peak: base {base}, adapter {adapter}, moments {moments}, a step on the largest batch {step}"
 
 
 def run_training(session: Session, prepared: Prepared, name: RefName, *, resume: bool, force: bool) -> None:

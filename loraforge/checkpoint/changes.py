@@ -78,12 +78,14 @@ class Term:
     """``coefficient * rows_factor @ columns``: (m, r) by (r, n), in the adapter's element types.
 
     ``flipped`` says that the factors are ``A^T`` and ``B^T``: float32 products of the two orders differ in bits.
+    ``looked_up`` says that they are an embedding's, whose update PEFT rounds to the base's type before it adds it.
     """
 
     rows_factor: Tensor
     columns: Tensor
     coefficient: float
     flipped: bool = False
+    looked_up: bool = False
 
 
 class LowRankSum:
@@ -169,7 +171,8 @@ class SumInTurn(Sum):
             first = max(0, min(rows.start, rows.stop - _ENOUGH))
             left, right = term.rows_factor[first : rows.stop].float(), term.columns.float()
             delta = (right.T @ left.T).T if term.flipped else left @ right
-            values += delta[rows.start - first :] * term.coefficient
+            update = delta[rows.start - first :] * term.coefficient
+            values += update.to(block.dtype) if term.looked_up else update
         return Outcome(values, differences(block, self.guess(values, rows, space)) if back else None)
 
 

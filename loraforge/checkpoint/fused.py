@@ -150,8 +150,11 @@ else:
         return low, high
 
     @_compiled
-    def _pass(p, sums, radius, values, b, a, gamma, back, flags, marks, places, units, unproved):  # noqa: C901, PLR0913, PLR0917
-        """Round, and decide what is flagged; return the greatest, how many corrections there are, how many unproved."""
+    def _pass(p, sums, radius, values, b, a, gamma, back, flags, marks, places, units):  # noqa: C901, PLR0913, PLR0917
+        """Round, and decide what is flagged; return the greatest, how many corrections there are, how many unproved.
+
+        Corrections fill ``places`` from the front, the unproved from the end: together they are never more than p.
+        """
         found, left, top = 0, 0, U16(0)
         for start in range(0, p.size, TILE):
             size = min(TILE, p.size - start)
@@ -171,8 +174,8 @@ else:
                     x, error = _sum_at(w, 1.0, b, a, gamma, j)
                     low, values[j] = _nearest_once(x - error), _nearest_once(x + error)
                     if low != values[j]:
-                        unproved[left] = j
                         left += 1
+                        places[p.size - left] = j
                         continue
                 if not back:
                     continue
@@ -181,8 +184,8 @@ else:
                 if step == 2:
                     low, high = _guess(w, w_new, x, error, b, a, gamma, j)
                     if low != high:
-                        unproved[left] = j
                         left += 1
+                        places[p.size - left] = j
                         continue
                     step = _ordered(low) - _ordered(p[j])
                 if step != 0:
@@ -220,16 +223,17 @@ def one_pass(  # noqa: PLR0913 - a kernel's arrays
     Numerics: float64 sums of R + 1 terms are within ``gamma`` of the sum of their magnitudes.
     """
     old, new = (bits_of(tensor).reshape(-1).view(np.uint16) for tensor in (p, values))
-    places, units, unproved = (bits_of(allocate(n, torch.int32, tuple(p.shape))).reshape(-1) for n in ("at", "by", "?"))
+    places = allocate("places", torch.int32, tuple(p.shape)).numpy().reshape(-1)
+    units = allocate("units", torch.int16, tuple(p.shape)).numpy().reshape(-1)
     flags, marks = np.empty(TILE, np.uint16), np.empty(2 * TILE + 8, np.int32)
     b, a = factors[0].numpy(), factors[1].numpy()
     top, found, left = _pass(
         old, sums.numpy().reshape(-1), np.float32(radius), new, b, a, gamma, back,
-        flags, marks, places, units, unproved,
+        flags, marks, places, units,
     )  # fmt: skip
     return Passed(
         int(top),
         places[:found].astype(np.int64),
-        units[:found].astype(np.int16),
-        unproved[:left].astype(np.int64),
+        units[:found].copy(),
+        places[::-1][:left].astype(np.int64),
     )

@@ -162,7 +162,7 @@ def _term(home: TensorAt, target: str, pair: LowRank, weight: float, *, transpos
     _check(home, shape, f"target {target!r}")
     coefficient = weight * pair.scale
     if transposed or pair.kind == "embedding":
-        return Term(a.T, b.T, coefficient, flipped=True)
+        return Term(a.T, b.T, coefficient, flipped=True, looked_up=pair.kind == "embedding")
     return Term(b, a, coefficient)
 
 

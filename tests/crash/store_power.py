@@ -22,7 +22,8 @@ from loraforge_registry import collect
 from loraforge_registry.check import check
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import InputOutputError, LoraforgeError
-from loraforge_registry.files import AREAS, DIRECTORIES, FORMAT, SHARDS, Files
+from loraforge_registry.files import Files
+from loraforge_registry.new_store import AREAS, DIRECTORIES, FORMAT, SHARDS
 from tests.crash.store_faults import Shim
 from tests.crash.store_world import World, refs_of, snapshot
 

@@ -39,10 +39,38 @@ class Loader:
         """Give the batches in the order of the data, as evaluation wants them."""
         return iter(_Lazy(self, tuple(range(len(self.bins)))))
 
-    def epoch(self, number: int) -> "Sequence[Batch]":
+    def epoch(self, number: int) -> "_Lazy":
         """Return the batches of an epoch; every row is in one of them."""
         seed_all(self.seed, "order", number)
         return _Lazy(self, tuple(torch.randperm(len(self.bins)).tolist()))
+
+    def heaviest(self, epochs: int = 1) -> list[Batch]:
+        """Return the batches that memory is decided by: of the most tokens, and of the most that are learned.
+
+        Looked for in the first epochs, 8 at most: orders are known before, lengths too.
+        """
+        batches = [part for number in range(min(epochs, 8)) for part in self.epoch(number).parts()]
+        tokens = max(batches, key=lambda part: (self._width(part) * len(part), self._learned(part)))
+        learned = max(batches, key=lambda part: (self._learned(part) * len(part), self._width(part)))
+        return [self.batch(part) for part in dict.fromkeys((tokens, learned))]
+
+    def batch(self, places: Sequence[int]) -> Batch:
+        """Return the batch of some bins."""
+        lines = [[self.rows[row] for row in self.bins[place]] for place in places]
+        if self.pack_dtype is None:
+            return padded([line[0] for line in lines], self.pad)
+        return packed(lines, self.pad, self.pack_dtype)
+
+    def _width(self, places: Sequence[int]) -> int:
+        return max(sum(len(self.rows[row].ids) for row in self.bins[place]) for place in places)
+
+    def _learned(self, places: Sequence[int]) -> int:
+        """The positions with a label in some line, whose logits are computed."""
+        found: set[int] = set()
+        for place in places:
+            labels = [label for row in self.bins[place] for label in self.rows[row].labels]
+            found.update(at for at, label in enumerate(labels) if label != IGNORED)
+        return len(found)
 
 
 class _Lazy(Sequence[Batch]):
@@ -55,14 +83,17 @@ class _Lazy(Sequence[Batch]):
         return len(self._loader)
 
     def __getitem__(self, number):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN204 - Sequence's two overloads
-        loader = self._loader
         if not 0 <= number < len(self):
             raise IndexError(number)
-        chosen = self._order[number * loader.size : (number + 1) * loader.size]
-        lines = [[loader.rows[row] for row in loader.bins[place]] for place in chosen]
-        if loader.pack_dtype is None:
-            return padded([line[0] for line in lines], loader.pad)
-        return packed(lines, loader.pad, loader.pack_dtype)
+        return self._loader.batch(self._part(number))
+
+    def parts(self) -> list[tuple[int, ...]]:
+        """Return the bins of each batch."""
+        return [self._part(number) for number in range(len(self))]
+
+    def _part(self, number: int) -> tuple[int, ...]:
+        size = self._loader.size
+        return self._order[number * size : (number + 1) * size]
 
 
 def make_loader(
