@@ -1,9 +1,8 @@
 """Thirty defects that users of other trainers have reported, and where each is held off.
 
 ``TABLE`` gives for every one where it was seen and what tests it; those without a test in another module are below.
-Number 25, rows of the base alone in a batch of several adapters, is of the layers that mix them; 28, a compiled model
-that compiles again for each adapter, cannot be: what is compiled has one. Quantised bases are refused, which is all
-that 17 and 22 ask.
+Number 25, rows of the base alone in a batch of several adapters, is of the layers that mix them; 28, compiling again
+for each adapter, cannot be: what is compiled has one. Quantised bases are refused, which is all that 17 and 22 ask.
 """
 
 import importlib
