@@ -4,13 +4,14 @@
 # make torture the store's crash, power-cut, race and bit harnesses at full length (half an hour), then every reader of
 #              strangers' bytes under a fuzzer (hours); SEED=7 for others, RUNS=100000 for fewer executions a reader
 # make matrix  load what we write with PEFT 0.14 to 0.21
+# make hub-matrix  huggingface_hub 0.36 to the newest, with Xet and without, against our server
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SET_UP := $(VENV)/.set-up
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench torture matrix clean
+.PHONY: demo test bench torture matrix hub-matrix clean
 SEED ?= 1
 RUNS ?= 10000000
 
@@ -34,6 +35,9 @@ torture: $(SET_UP)
 
 matrix: $(SET_UP)
 	$(BIN)/python tests/conformance/matrix.py
+
+hub-matrix: $(SET_UP)
+	$(BIN)/python tests/conformance/hub_matrix.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

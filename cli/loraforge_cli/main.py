@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "unmerge": ("unmerge", "Take them out again, bit for bit."),
     "verify": ("verify", "Is a merged checkpoint what its receipt says?"),
     "extract": ("extract", "A LoRA out of a full fine-tune."),
+    "serve": ("serve", "A hub over the store, for the Hub's clients and browsers."),
     "demo": ("demo", "See it all work, offline, in a minute."),
 }
 

@@ -168,8 +168,10 @@ def ingest(
     return Artifact(digest, manifest.content_id)
 
 
-def examine(incoming: Incoming) -> tuple[Manifest, Layout]:
+def examine(incoming: Incoming, *, weights: File | None = None) -> tuple[Manifest, Layout]:
     """Return the manifest and layout that an adapter would have in a store; nothing is written.
+
+    ``weights`` is the file of the weights, where it is stored and its digest known: then only the tensors are hashed.
 
     Raises:
         FormatError, ConflictError: as ``ingest``.
@@ -179,9 +181,10 @@ def examine(incoming: Incoming) -> tuple[Manifest, Layout]:
     size = 0
     for chunk in incoming.chunks:
         hasher.feed(chunk)
-        sha256.update(chunk)
         size += memoryview(chunk).nbytes
-    files = [File(WEIGHTS_FILE, Digest("sha256", sha256.hexdigest()), size)]
+        if weights is None:
+            sha256.update(chunk)
+    files = [weights or File(WEIGHTS_FILE, Digest("sha256", sha256.hexdigest()), size)]
     files += [File(path, Digest.of(data), len(data)) for path, data in _small_files(incoming)]
     hasher.check_complete()
     return _manifest(config, layout, hasher.tensors, files), layout

@@ -9,6 +9,7 @@ from loraforge_registry.errors import ManifestError
 from loraforge_registry.fields import typed
 from loraforge_registry.files import Files
 from loraforge_registry.manifest import Manifest, decode_manifest
+from loraforge_registry.repositories import decode_commit, decode_repository
 from loraforge_registry.trees import decode_tree
 
 
@@ -30,6 +31,8 @@ class Record(Protocol):
 
 KINDS: Mapping[str, Callable[[bytes], Record]] = {
     "loraforge.adapter": decode_manifest,
+    "loraforge.commit": decode_commit,
+    "loraforge.repository": decode_repository,
     "loraforge.tree": decode_tree,
 }
 """How each schema is read; each decoder checks its number."""

@@ -4,7 +4,7 @@ import getpass
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +42,9 @@ from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.records import Record, Records, has
 from loraforge_registry.refs import Move
 from loraforge_registry.repair import repair
+from loraforge_registry.repositories import RepositoryRecord
 from loraforge_registry.sessions import Session, open_session, reading
+from loraforge_registry.shown import repository_at, shown
 from loraforge_registry.system import Buffer
 from loraforge_registry.trees import TreeRecord, encode_tree, untruths
 
@@ -195,6 +197,10 @@ class Store:
     def _move(self, session: Session, digest: Digest, name: RefName, *, force: bool, what: str) -> None:
         """Point a ref at what is complete, durable and pinned."""
         files = self._writable()
+        if self._repository(name.name) is not None:
+            raise ConflictError(
+                f"{name.name} is a repository that a server keeps: push to it there, or choose another name"
+            )
         moves_freely = force or name.tag == names.DEFAULT_TAG
         while True:
             old = refs.read_ref(files, name)
@@ -271,8 +277,19 @@ class Store:
         return found
 
     def lookup(self, name: RefName) -> Digest | None:
-        """Return what a ref points at, or None."""
-        return None if self._files is None else refs.read_ref(self._files, name)
+        """Return what a ref points at, or the adapter that a repository shows under that name; else None."""
+        if self._files is None:
+            return None
+        found = refs.read_ref(self._files, name)
+        repository = self._repository(name.name) if found is None or name.tag == names.DEFAULT_TAG else None
+        return found if repository is None else shown(Records(self._files), name.name, repository).get(name.tag)
+
+    def _repository(self, name: str) -> RepositoryRecord | None:
+        """The repository that a server keeps under a name, if one does."""
+        files = self._readable()
+        with suppress(StoreError):  # a damaged ref is said by whoever needs it
+            return repository_at(Records(files), refs.read_ref(files, RefName(name)))
+        return None
 
     def record(self, digest: Digest) -> Record:
         """Read a record of any kind, checked against its digest.
@@ -386,9 +403,10 @@ class Store:
         known = index.read_summaries(self.path)
         new: dict[Digest, Summary] = {}
         lines = [
-            self._line(ref, found, known, new)
+            self._line(one, digest, known, new)
             for ref, found in refs.list_refs(self._files)
             if name is None or ref.name == name
+            for one, digest in self._shown(ref, found, known)
         ]
         index.write_summaries(self.path, new)
         return lines
@@ -463,6 +481,23 @@ class Store:
     def remember(self, work: Digest, artifact: Digest) -> None:
         """Keep in the index what a piece of work came to, so that nobody does it twice; the row may be lost."""
         index.write_result(self._writable().root, work, artifact)
+
+    def _shown(
+        self, ref: RefName, found: Digest | StoreError, known: Mapping[Digest, Summary]
+    ) -> Sequence[tuple[RefName, Digest | StoreError]]:
+        """The lines of a ref: itself, or for a repository what it shows."""
+        if isinstance(found, StoreError) or found in known or ref.tag != names.DEFAULT_TAG:
+            return [(ref, found)]
+        records = Records(self._readable())
+        repository = repository_at(records, found)
+        if repository is None:
+            return [(ref, found)]
+        try:
+            return sorted(
+                (RefName(ref.name, tag), digest) for tag, digest in shown(records, ref.name, repository).items()
+            )
+        except (StoreError, NotFoundError, ManifestError) as error:
+            return [(ref, StoreError(str(error)))]
 
     def _line(
         self,

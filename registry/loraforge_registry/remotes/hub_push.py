@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, LoraforgeError, NotFoundError, RemoteError, StoreError
-from loraforge_registry.gitid import git_id
+from loraforge_registry.git import git_id
 from loraforge_registry.ingest import MAX_README
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, File, Manifest
 from loraforge_registry.names import DEFAULT_TAG, RefName

@@ -13,7 +13,7 @@ from shutil import disk_usage
 from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, DigestMismatchError, FormatError, InputOutputError, RemoteError
-from loraforge_registry.gitid import git_id
+from loraforge_registry.git import git_id
 from loraforge_registry.header import Header, header_length, parse_header
 from loraforge_registry.ingest import MAX_README, Incoming
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, File

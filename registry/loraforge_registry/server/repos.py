@@ -1,0 +1,251 @@
+"""Repositories: by id, for whoever asks, with the revisions that their names and commits mean.
+
+A repository that clients made has a record of its own (``repositories``). A name that ``loraforge push`` made on this
+machine is one, too, which can only be read: each tag is a commit without a parent, ``latest`` is the branch ``main``.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from loraforge_registry import git
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import LoraforgeError, NotFoundError, ReferenceSyntaxError
+from loraforge_registry.manifest import WEIGHTS_FILE, Manifest
+from loraforge_registry.names import DEFAULT_TAG, RefName
+from loraforge_registry.repositories import (
+    CommitRecord,
+    CommittedFile,
+    RepositoryRecord,
+    encode_repository,
+    repository_name,
+)
+from loraforge_registry.server.accounts import User
+from loraforge_registry.server.errors import bad_request, forbidden, no_repository, no_revision, unauthorised
+from loraforge_registry.server.hub import Hub
+
+MAIN = "main"
+_ID = re.compile(r"(?:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)/)?([A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?)")
+_REVISION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._+/-]{0,198}[A-Za-z0-9_+])?")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository as it is now. ``digest`` is its record's, None for a name that was made on this machine."""
+
+    name: str
+    record: RepositoryRecord
+    digest: Digest | None
+
+    @property
+    def id(self) -> str:
+        """How its maker spelt it."""
+        return self.record.id
+
+    @property
+    def namespace(self) -> str:
+        """Whose it is; empty for one without."""
+        return self.record.id.lower().rpartition("/")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A commit, with its id worked out; ``digest`` is of its record, or of the artifact that it shows."""
+
+    id: str
+    digest: Digest
+    commit: CommitRecord
+
+
+def name_of(identity: str) -> str:
+    """The store's name for a repository.
+
+    Raises:
+        RefusedError: 400, not an id that a repository can have.
+    """
+    if _ID.fullmatch(identity) is None or "--" in identity or ".." in identity or len(identity) > 96:
+        raise bad_request(f"{identity[:120]!r} is not the id of a repository")
+    try:
+        return RefName(repository_name(identity)).name
+    except ReferenceSyntaxError as error:
+        raise bad_request(f"{identity!r} cannot be kept here: {error}") from error
+
+
+def check_revision(name: str) -> None:
+    """Refuse what cannot be the name of a branch or a tag.
+
+    Raises:
+        RefusedError: 400.
+    """
+    hides = _COMMIT.fullmatch(name) and len(name) == 40
+    if _REVISION.fullmatch(name) is None or ".." in name or "//" in name or name.startswith("refs/") or hides:
+        raise bad_request(f"{name[:120]!r} cannot be the name of a branch or tag")
+
+
+def may_read(hub: Hub, repository: Repository, user: User | None) -> bool:
+    """Whether somebody may see a repository at all."""
+    if user is None:
+        return hub.settings.anonymous and not repository.record.private
+    return not repository.record.private or user.may_read(repository.namespace)
+
+
+def find(hub: Hub, identity: str, user: User | None) -> Repository:
+    """Return a repository.
+
+    Raises:
+        RefusedError: it is not there, or not for this user.
+    """
+    found = load(hub, name_of(identity))
+    if found is None or not may_read(hub, found, user):
+        raise no_repository(identity, known=user is not None)
+    return found
+
+
+def find_to_write(hub: Hub, identity: str, user: User | None) -> Repository:
+    """Return a repository that this user may change.
+
+    Raises:
+        RefusedError: 401, 403 or 404.
+    """
+    found = find(hub, identity, user)
+    check_writer(user, found.namespace)
+    if found.digest is None:
+        raise forbidden(
+            f"{identity} was made by loraforge push on the server's machine: it can be read here, not changed"
+        )
+    return found
+
+
+def check_writer(user: User | None, namespace: str) -> User:
+    """Return the user, who may write there.
+
+    Raises:
+        RefusedError: 401 or 403.
+    """
+    if user is None:
+        raise unauthorised()
+    if not user.may_write(namespace):
+        raise forbidden(f"this token may not write to {namespace or 'names without a namespace'}")
+    return user
+
+
+def load(hub: Hub, name: str) -> Repository | None:
+    """Return what is under a name, whoever asks."""
+    digest = hub.refs.read(name)
+    if digest is not None:
+        record = hub.refs.record(digest)
+        if isinstance(record, RepositoryRecord):
+            return Repository(name, record, digest)
+    return _of_this_machine(hub, name)
+
+
+def everything(hub: Hub, user: User | None) -> Iterator[Repository]:
+    """Yield every repository that somebody may see, by name; what is damaged is for ``fsck`` to say."""
+    for name in hub.refs.names():
+        try:
+            found = load(hub, name)
+        except (LoraforgeError, OSError):
+            continue
+        if found is not None and may_read(hub, found, user):
+            yield found
+
+
+def change(hub: Hub, repository: Repository, record: RepositoryRecord | None, *, user: User, what: str) -> bool:
+    """Make a repository what ``record`` says (None takes it away); False where it has changed meanwhile."""
+    new = None if record is None else hub.refs.put_record(encode_repository(record))
+    if new == repository.digest:
+        return True
+    return hub.refs.swap(repository.name, repository.digest, new, who=user.name, what=what)
+
+
+def revision_of(hub: Hub, digest: Digest) -> Revision:
+    """Return the commit of a record, or the one that an artifact would be.
+
+    Raises:
+        NotFoundError: it is not there.
+    """
+    cached = _KNOWN.get(digest)
+    if cached is None:
+        record = hub.refs.record(digest)
+        commit = record if isinstance(record, CommitRecord) else _as_commit(hub, digest, record)
+        cached = Revision(commit.id, digest, commit)
+        if len(_KNOWN) > 20_000:
+            _KNOWN.clear()
+        _KNOWN[digest] = cached
+    return cached
+
+
+_KNOWN: dict[Digest, Revision] = {}  # they never change: a digest is of all that they are
+
+
+def resolve(hub: Hub, repository: Repository, revision: str) -> Revision:
+    """Return what a branch, a tag, a commit or the beginning of one means.
+
+    Raises:
+        RefusedError: nothing there.
+    """
+    plain = revision
+    tables: tuple[Mapping[str, Digest], ...] = (repository.record.branches, repository.record.tags)
+    if revision.startswith("refs/heads/"):
+        plain, tables = revision[11:], tables[:1]
+    elif revision.startswith("refs/tags/"):
+        plain, tables = revision[10:], tables[1:]
+    for table in tables:
+        if plain in table:
+            return revision_of(hub, table[plain])
+    if _COMMIT.fullmatch(revision):
+        found = {r.digest: r for r in history(hub, *repository.record.needs) if r.id.startswith(revision)}
+        if len({r.id for r in found.values()}) == 1:
+            return next(iter(found.values()))
+    raise no_revision(revision[:200])
+
+
+def history(hub: Hub, *heads: Digest) -> Iterator[Revision]:
+    """Yield commits and all before them, each once."""
+    seen: set[Digest] = set()
+    for head in heads:
+        digest: Digest | None = head
+        while digest is not None and digest not in seen:
+            seen.add(digest)
+            revision = revision_of(hub, digest)
+            yield revision
+            digest = revision.commit.parent
+
+
+def blobs_of(hub: Hub, repository: Repository) -> Mapping[Digest, int]:
+    """All files of all commits of a repository, with their sizes."""
+    return _blobs_below(hub, repository.record.needs)
+
+
+@lru_cache(256)
+def _blobs_below(hub: Hub, heads: tuple[Digest, ...]) -> Mapping[Digest, int]:
+    return {digest: size for revision in history(hub, *heads) for digest, size in revision.commit.blobs.items()}
+
+
+def _of_this_machine(hub: Hub, name: str) -> Repository | None:
+    tags = {tag: digest for tag, digest in hub.refs.tags(name).items() if _is_adapter(hub, digest)}
+    if not tags:
+        return None
+    identity = name.replace("--", "/", 1)
+    branches = {MAIN: tags.pop(DEFAULT_TAG, None) or tags[max(tags)]}
+    return Repository(name, RepositoryRecord(identity, 0, branches=branches, tags=tags), None)
+
+
+def _is_adapter(hub: Hub, digest: Digest) -> bool:
+    try:
+        return isinstance(hub.refs.record(digest), Manifest)
+    except (LoraforgeError, OSError):
+        return False
+
+
+def _as_commit(hub: Hub, digest: Digest, record: object) -> CommitRecord:
+    if not isinstance(record, Manifest):
+        raise NotFoundError(f"{digest} is no commit")
+    files = {}
+    for file in record.files:
+        small = file.path != WEIGHTS_FILE
+        data = b"".join(bytes(piece) for piece in hub.blobs.read(file.digest, 0, file.size)) if small else b""
+        files[file.path] = CommittedFile(file.digest, file.size, git.blob_id(data) if small else None)
+    return CommitRecord(files, git.Signature("loraforge", 0), f"artifact {digest}", adapter=digest)
