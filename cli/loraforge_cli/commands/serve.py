@@ -72,12 +72,14 @@ def command(
         max_file=max_file,
         quota=quota,
     )
+    hub, pins = run.open_hub(store, settings)
+    nobody = not run.accounts_of(store).tokens()
     bound = run.listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"serving {store} at http://{shown}:{bound.getsockname()[1]}")
-    if not run.accounts_of(store).tokens():
+    if nobody:
         note("nobody may write yet: loraforge serve user add NAME", quiet=session.quiet)
-    run.serve(store, bound, settings)
+    run.serve(hub, pins, bound)
 
 
 @command.group("user")

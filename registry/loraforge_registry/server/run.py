@@ -95,10 +95,9 @@ def check_exposed(host: str, accounts: Accounts) -> None:
         )
 
 
-def serve(store: Path, bound: socket.socket, settings: Settings) -> None:
+def serve(hub: Hub, pins: Pins, bound: socket.socket) -> None:
     """Serve until a signal."""
     _log_to_stderr()
-    hub, pins = open_hub(store, settings)
     config = uvicorn.Config(
         App(hub),
         http=_Patient,

@@ -1,0 +1,20 @@
+import pytest
+
+from tests.hub import Server
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory):
+    """One server for this folder, with a canary's token, which no output of it may hold."""
+    with Server(tmp_path_factory.mktemp("hub") / "store", "--quota", "200MB", "--max-file", "150MB") as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def alice(server):
+    return server.add_user("alice")
+
+
+@pytest.fixture(scope="package")
+def bob(server):
+    return server.add_user("bob")
