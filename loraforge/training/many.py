@@ -49,6 +49,9 @@ class Trained(Mapping[str, Adapter]):
             raise self.failed[name]
         return self.adapters[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.adapters
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.adapters)
 

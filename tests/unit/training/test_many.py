@@ -319,6 +319,7 @@ def test_one_that_diverges_ends_alone():
     found = train_many(llama(), several)
     assert list(found) == ["m0", "m2"]
     assert list(found.failed) == ["m1"]
+    assert "m1" not in found
     with pytest.raises(NumericalError, match=r"^m1: "):
         _ = found["m1"]
     for name in found:
