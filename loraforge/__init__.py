@@ -14,6 +14,7 @@ Importing this package imports neither torch nor anything else that is slow; nam
 import importlib
 from typing import TYPE_CHECKING
 
+from loraforge.version import __version__
 from loraforge_registry.errors import LoraforgeError
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
     from loraforge.recipe import Rebuilt, Recipe, explain, rebuild
     from loraforge.registry import Registry, load
     from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
-
-__version__ = "0.1.0"
+    from loraforge.tree import Node, Tree
 
 _HOMES = {
     "Adapter": "loraforge.adapter",
@@ -55,6 +55,7 @@ _HOMES = {
     "Metrics": "loraforge.training",
     "Member": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
+    "Node": "loraforge.tree",
     "Rebuilt": "loraforge.recipe",
     "Recipe": "loraforge.recipe",
     "Registry": "loraforge.registry",
@@ -63,6 +64,7 @@ _HOMES = {
     "TargetReport": "loraforge.compose",
     "TrainConfig": "loraforge.training",
     "Trained": "loraforge.training",
+    "Tree": "loraforge.tree",
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
@@ -100,6 +102,7 @@ __all__ = [
     "Member",
     "MergeResult",
     "Metrics",
+    "Node",
     "Rebuilt",
     "Recipe",
     "Registry",
@@ -108,6 +111,7 @@ __all__ = [
     "TargetReport",
     "TrainConfig",
     "Trained",
+    "Tree",
     "VerifyReport",
     "__version__",
     "attach",

@@ -16,8 +16,9 @@ from loraforge_registry.errors import LoraforgeError
 
 # name: (module, summary). --help reads this table and imports no command.
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "push": ("push", "Store an adapter, and name it."),
-    "pull": ("pull", "Write a stored adapter as a directory that PEFT loads."),
+    "push": ("push", "Store an adapter, and name it; --to a remote."),
+    "pull": ("pull", "An adapter from a remote, or out of the store as a directory."),
+    "search": ("search", "Find adapters by name, here or on the Hub."),
     "ls": ("ls", "List names, with what they mean."),
     "show": ("show", "Everything about one adapter."),
     "log": ("log", "Where an adapter came from."),
@@ -53,6 +54,7 @@ EXIT_CODES: Mapping[str, int] = {
     "conflict": 4,
     "io": 5,
     "bad_store": 5,
+    "remote": 5,
 }
 
 

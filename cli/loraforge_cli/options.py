@@ -83,9 +83,9 @@ def stored(store: Store, source: str) -> Digest:
 
 
 def refuse_url(text: str) -> None:
-    """Refuse a URL: this version has no remotes."""
+    """Refuse a URL where only what is here will do."""
     if "://" in text:
-        raise click.UsageError(f"{text}: this version has no remotes; name a directory, or an adapter in the store")
+        raise click.UsageError(f"{text}: a URL; name a directory or an adapter in the store (loraforge pull URL first)")
 
 
 def is_recipe(text: str) -> bool:

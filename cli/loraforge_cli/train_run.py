@@ -32,7 +32,7 @@ from loraforge_cli.options import Session
 from loraforge_cli.output import count, emit, facts, note, size
 from loraforge_cli.sources import store_sources
 from loraforge_cli.summary import line
-from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer
+from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer, untrained
 from loraforge_cli.train_parent import Parent, load_atop, open_parent
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
@@ -72,6 +72,7 @@ def prepare(session: Session, settings: TrainSettings, beside: Prepared | None =
     model = load_atop(settings.base, parent, settings.config.precision) if beside is None else beside.model
     every = (*rows, *held_out)
     check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
+    _warn_of_untrained(session, model, counted, tokenizer, settings)
     if settings.pack:
         check_packs(model, max(len(row.ids) for row in every))
     dtype = next(model.parameters()).dtype if settings.pack else None
@@ -89,6 +90,25 @@ def prepare(session: Session, settings: TrainSettings, beside: Prepared | None =
     read = files if valid_file is None else (*files, valid_file)
     valid = loader(held_out) if held_out else None
     return Prepared(settings, model, tokenizer, counted, loader(rows), valid, read, parent)
+
+
+def _warn_of_untrained(
+    session: Session,
+    model: Any,  # noqa: ANN401 - a model of transformers
+    counted: Counted,
+    tokenizer: Tokenizer,
+    settings: TrainSettings,
+) -> None:
+    """Say when what ends the answers is a token that the base never learned to say: LoRA leaves the head as it is."""
+    if settings.config.modules_to_save:
+        return
+    ends = (next((label for label in reversed(row.labels) if label >= 0), None) for row in counted.rows)
+    for number in untrained(model, (end for end in ends if end is not None)):
+        note(
+            f"data: answers end in token {number} ({tokenizer.decode([number])!r}), whose row in the base's head was "
+            "never trained: the model may not learn to stop; train the head too with --modules-to-save lm_head",
+            quiet=session.quiet,
+        )
 
 
 def show_plan(session: Session, prepared: Prepared) -> None:
@@ -141,7 +161,7 @@ def _memory(prepared: Prepared) -> dict[str, Any]:
         return {"bytes_at_peak": None, "why_not": str(error)}
     return {
         "bytes_at_peak": memory.total,
-        "bytes_of_base": memory.base,
+        "bytes_of_base": memory.base + memory.copy,
         "bytes_of_adapter": memory.adapter,
         "bytes_of_moments": memory.moments,
         "bytes_of_step": memory.step + memory.batches,

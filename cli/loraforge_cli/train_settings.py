@@ -39,6 +39,7 @@ FLAGS: Mapping[str, Flag] = {
     "alpha": Flag(float, "alpha (twice the rank)."),
     "targets": Flag(str, "all-linear, attention, names with commas, or a regular expression.", metavar="WHICH"),
     "exclude": Flag(str, "Modules to leave out: names with commas, or a regular expression.", metavar="WHICH"),
+    "modules_to_save": Flag(str, "Modules to train whole and store: names with commas.", metavar="WHICH"),
     "dropout": Flag(float, "Dropout before A (0)."),
     "rslora": Flag(bool, "Scale by alpha / sqrt(r)."),
     "dora": Flag(bool, "Train magnitudes, too (DoRA)."),
@@ -136,6 +137,8 @@ def check_settings(said: Mapping[str, Any]) -> TrainSettings:
         raise ConfigError(f"val_split is {said['val_split']}, expected at least 0 and below 1")
     fields = {name: value for name, value in said.items() if not FLAGS[name].own}
     fields |= {name: targets(fields[name]) for name in ("targets", "exclude") if name in fields}
+    if "modules_to_save" in fields:
+        fields["modules_to_save"] = tuple(part.strip() for part in fields["modules_to_save"].split(","))
     return TrainSettings(
         base=said["base"],
         data=Path(said["data"]),

@@ -20,7 +20,6 @@ from loraforge_registry.patterns import ATTENTION, Matcher, suffixes
 Patterns = Sequence[str] | str
 """Names, which are the ends of module paths; or ``all-linear``, ``attention``, or one regular expression."""
 
-_ANY = r"(?s).*"
 _LISTED = 8
 MAX_LAYERS = 2**20
 
@@ -110,15 +109,24 @@ def chosen(adapter: Adapter, include: Patterns | None, exclude: Patterns | None)
     Raises:
         CompositionError: a name that matches no target, or no target left.
     """
-    for what, wanted in (("include", include), ("exclude", exclude)):
-        _check_names(what, wanted, adapter.targets)
-    settings = Settings(target_modules=_meant(include, _ANY), exclude_modules=_meant(exclude, None))
-    targeted = Targeted(settings, Matcher())
-    found = [name for name, pair in adapter.targets.items() if targeted.includes(name, pair.kind)]
+    kept = list(adapter.targets) if include is None else _matched("include", include, adapter)
+    left_out = set() if exclude is None else set(_matched("exclude", exclude, adapter))
+    found = [name for name in kept if name not in left_out]
     if not found:
-        what = "exclude leaves out every target" if include is None else f"include {_said(include)} matches no target"
-        raise CompositionError(f"{what}{' that exclude leaves' * (exclude is not None and include is not None)}; "
-                               f"the adapter has {_ends(adapter.targets)}")  # fmt: skip
+        raise CompositionError(f"exclude leaves out every target{' that include keeps' * (include is not None)}")
+    return found
+
+
+def _matched(what: str, wanted: Patterns, adapter: Adapter) -> list[str]:
+    """Return the targets that patterns mean; one that means none is a typing error."""
+    ends = {end for name in adapter.targets for end in suffixes(name)}
+    missing = [] if isinstance(wanted, str) else [name for name in wanted if name not in ends]
+    meant = ATTENTION if wanted == "attention" else wanted if isinstance(wanted, str) else tuple(wanted)
+    targeted = Targeted(Settings(target_modules=meant), Matcher())
+    found = [name for name, pair in adapter.targets.items() if targeted.includes(name, pair.kind)]
+    if missing or not found:
+        odd = repr(missing[0] if missing else wanted)
+        raise CompositionError(f"{what}: {odd} matches no target; the adapter has {_ends(adapter.targets)}")
     return found
 
 
@@ -167,25 +175,6 @@ def _scaled(name: str, pair: LowRank, weight: float) -> LowRank | None:
     return replace(pair, alpha=alpha)
 
 
-def _meant(patterns: Patterns | None, default: str | None) -> tuple[str, ...] | str | None:
-    if patterns is None:
-        return default
-    if isinstance(patterns, str):
-        return ATTENTION if patterns == "attention" else patterns
-    return tuple(patterns)
-
-
-def _check_names(what: str, wanted: Patterns | None, targets: Iterable[str]) -> None:
-    """Every name of a list is the end of some target's path: what matches nothing is a typing error."""
-    if wanted is None or isinstance(wanted, str):
-        return
-    ends = {end for name in targets for end in suffixes(name)}
-    missing = next((name for name in wanted if name not in ends), None)
-    if missing is not None or not wanted:
-        raise CompositionError(f"{what}: {missing!r} matches no target; the adapter has {_ends(targets)}"
-                               if wanted else f"{what} is an empty list: it means no target")  # fmt: skip
-
-
 def _record(
     include: Patterns | None, exclude: Patterns | None, gradient: Sequence[float], layers: int
 ) -> dict[str, Value]:
@@ -196,10 +185,6 @@ def _record(
     if gradient:
         found |= {"gradient": [float(value) + 0.0 for value in gradient], "layers": layers}  # + 0.0: no -0.0
     return found
-
-
-def _said(patterns: Patterns) -> str:
-    return repr(patterns) if isinstance(patterns, str) else ", ".join(map(repr, patterns))
 
 
 def _ends(names: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from loraforge.adapter import LowRank
 from loraforge.layers.dropout import Dropout, draw
 from loraforge.layers.kinds import Ops, kind_of
 from loraforge.layers.linear import Form, lora_linear
+from loraforge.layers.narrow import weight_in
 from loraforge_registry.config import scale_of
 
 
@@ -91,7 +92,7 @@ def _linear(ops: Ops, module: Any, lora: Factors, x: Tensor, dropout: Dropout | 
     if lora.bias is not None:
         c = lora.scale * lora.bias if c is None else c + lora.scale * lora.bias
     with torch.autocast(device, enabled=False):
-        return lora_linear(form, x, w, c, lora.a, lora.b, lora.start)
+        return lora_linear(form, x, weight_in(module, w, form.base), c, lora.a, lora.b, lora.start)
 
 
 def _update(ops: Ops, module: Any, lora: Factors, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - as above

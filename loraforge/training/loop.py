@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraforge.adapter import Adapter
 from loraforge.errors import NumericalError, TrainingError
-from loraforge.layers import Injected, attach, inject
+from loraforge.layers import Injected, attach, inject, narrow, widen
 from loraforge.training import checkpoints, ranks
 from loraforge.training.batches import Batch, Count, Window, count_labels, steps_per_epoch, windows
 from loraforge.training.checkpoints import Progress, Setting
@@ -103,6 +103,7 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
             setting = Setting(config, inputs or {})
             state = _begin(injected, setting, folder, resume=resume)
             autocast = autocast_of(config, device)
+            narrow(model, narrow_type(config, device))
             model.train()
             coming = windows(batches, config.grad_accum * ranks.size(), config.seed, state.progress.cursor)
             while not is_done(state.progress, plan, config):
@@ -118,6 +119,7 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
                     break
             return result(state)
         finally:
+            widen(model)
             injected.remove()
 
 
@@ -327,3 +329,8 @@ def autocast_of(config: TrainConfig, device: torch.device) -> torch.dtype | None
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     return torch.bfloat16 if config.precision == "bf16" else None
+
+
+def narrow_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return the type that frozen weights are cast to for a whole run; with checkpointing, memory counts for more."""
+    return None if config.grad_checkpoint else autocast_of(config, device)

@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from loraforge.errors import TrainingError
-from loraforge.layers import Injected, inject
+from loraforge.layers import Injected, inject, narrow, widen
 from loraforge.training import ranks
 from loraforge.training.batches import Batch
 from loraforge.training.config import TrainConfig
-from loraforge.training.loop import autocast_of, checkpointing, choose_device
+from loraforge.training.loop import autocast_of, checkpointing, choose_device, narrow_type
 from loraforge.training.losses import learned_places, loss_of
 from loraforge.training.streams import apart
 
@@ -43,10 +43,11 @@ class Memory:
     """Bytes at the peak of a run. ``step`` is what a step makes: activations, logits, gradients, temporary results.
 
     ``kept`` of it are there between forward and backward. ``adapter`` counts every copy of it, ``batches`` those that
-    wait on the device.
+    wait on the device, ``copy`` the frozen weights in the type that is computed in.
     """
 
     base: int
+    copy: int
     adapter: int
     moments: int
     batches: int
@@ -56,7 +57,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak."""
-        return self.base + self.adapter + self.moments + self.batches + self.step
+        return self.base + self.copy + self.adapter + self.moments + self.batches + self.step
 
 
 def estimate(model: nn.Module, heavy: Iterable[Batch], config: TrainConfig, *, valid: Iterable[Batch] = ()) -> Memory:
@@ -77,17 +78,18 @@ def estimate(model: nn.Module, heavy: Iterable[Batch], config: TrainConfig, *, v
     try:
         if config.grad_checkpoint:
             undo = checkpointing(model)
-        autocast = autocast_of(config, device)
+        types = autocast_of(config, device), narrow_type(config, device)
         model.train()
-        steps = [_follow(model, batch, autocast, min(config.grad_accum, 2)) for batch in heavy]
+        steps = [_follow(model, batch, types, min(config.grad_accum, 2)) for batch in heavy]
         model.eval()
-        judged = [_follow(model, batch, autocast, 0) for batch in valid]
+        judged = [_follow(model, batch, types, 0) for batch in valid]
         fixed = _fixed(model, injected, config, heavy, device)
         copies = _bytes(injected.parameters().values()) if valid else 0  # of the best
-        peak, kept = max(steps + judged)
-        return replace(fixed, adapter=fixed.adapter + copies, step=max(peak, fixed.step), kept=kept)
+        peak, kept, narrowed = max(steps + judged)
+        return replace(fixed, copy=narrowed, adapter=fixed.adapter + copies, step=max(peak, fixed.step), kept=kept)
     finally:
         undo()
+        widen(model)
         injected.remove()
         for name, module in model.named_modules():
             module.training = training.get(name, module.training)
@@ -106,28 +108,33 @@ def _fixed(
     # one micro-batch is read ahead of the window; on another device a batch is only there while it is used
     waiting = config.grad_accum * ranks.size() + 1 if device.type == "cpu" else 1
     batches = waiting * max(map(_bytes_of_batch, heavy), default=0)
-    return Memory(base + whole, adapter, 2 * gradients, batches, 2 * gradients + _bytes(buffers), 0)
+    return Memory(base + whole, 0, adapter, 2 * gradients, batches, 2 * gradients + _bytes(buffers), 0)
 
 
-def _follow(model: nn.Module, batch: Batch, autocast: torch.dtype | None, micro_batches: int) -> tuple[int, int]:
-    """Return the peak of forward and backward, and what is live between them; with 0 micro-batches only the forward's.
+def _follow(
+    model: nn.Module, batch: Batch, types: tuple[torch.dtype | None, torch.dtype | None], micro_batches: int
+) -> tuple[int, int, int]:
+    """Return the peak of forward and backward, what is live between them, and the bytes of narrow weights.
 
-    The second micro-batch meets the gradients of the first.
+    With 0 micro-batches it is the forward's alone, without gradients. ``types`` are those of autocast and of the narrow
+    weights. The second micro-batch meets the gradients of the first.
     """
     places = learned_places(batch["labels"]) if isinstance(batch, Mapping) and "labels" in batch else None
     kept = 0
     with _unseen() as fake:
         inputs = tree_map_only(Tensor, fake.from_tensor, (batch, places))
-        live = _Live(fake.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers()))
+        narrowed = narrow(model, types[1])
+        live = _Live([*map(fake.from_tensor, (*model.parameters(), *model.buffers())), *narrowed])
         with live, torch.set_grad_enabled(micro_batches > 0):
             for _ in range(max(1, micro_batches)):
-                loss = loss_of(model, inputs[0], autocast, inputs[1])
+                loss = loss_of(model, inputs[0], types[0], inputs[1])
                 kept = live.now
                 if micro_batches:
                     loss.backward()  # type: ignore[no-untyped-call]
         for parameter in model.parameters():
             parameter.grad = None
-    return live.peak, kept
+        widen(model)
+    return live.peak, kept, sum(copy.nbytes for copy in narrowed)
 
 
 @contextmanager

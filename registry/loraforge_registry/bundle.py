@@ -12,17 +12,18 @@ from pathlib import Path
 
 from loraforge_registry import canonical, config, objects
 from loraforge_registry.canonical import Value
-from loraforge_registry.collect import Manifests
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, ReferenceSyntaxError, StoreError
 from loraforge_registry.export import write_file
 from loraforge_registry.files import Files
 from loraforge_registry.header import header_length, parse_header
 from loraforge_registry.ingest import MAX_README, Incoming, examine
-from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, Manifest, decode_manifest
+from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import RefName
+from loraforge_registry.records import Record, Records, by_need, decode_record
 from loraforge_registry.sessions import Session
 from loraforge_registry.system import CHUNK, Buffer
+from loraforge_registry.trees import TreeRecord, untruths
 
 MAGIC = b"loraforge-bundle 1\n"
 SCHEMA = "loraforge.bundle/1"
@@ -45,7 +46,7 @@ class Bundle:
     fd: int
     names: tuple[tuple[RefName, Digest], ...]
     roots: tuple[Digest, ...]
-    manifests: Mapping[Digest, Manifest]
+    records: Mapping[Digest, Record]
     entries: Mapping[Digest, Entry]
     blobs: tuple[Digest, ...]
 
@@ -62,9 +63,9 @@ def write_bundle(files: Files, roots: Sequence[Digest], names: Mapping[RefName, 
         ConflictError: ``target`` exists with other contents.
         StoreError: something stored is damaged; nothing is left at ``target``.
     """
-    manifests = Manifests(files).reachable(roots)
-    blobs = {file.digest: file.size for manifest in manifests.values() for file in manifest.files}
-    sizes = {digest: files.size(objects.shard(objects.MANIFESTS, digest), digest.hex) or 0 for digest in manifests}
+    records = Records(files).reachable(roots)
+    blobs = {digest: size for record in records.values() for digest, size in record.blobs.items()}
+    sizes = {digest: files.size(objects.shard(objects.MANIFESTS, digest), digest.hex) or 0 for digest in records}
     index = canonical.encode(
         {
             "schema": SCHEMA,
@@ -94,15 +95,19 @@ def read_bundle(path: Path, fd: int) -> Bundle:
     """
     try:
         bundle = _open(fd)
-        for digest, manifest in bundle.manifests.items():
-            _check_truth(bundle, digest, manifest)
+        for digest, record in bundle.records.items():
+            if isinstance(record, Manifest):
+                _check_truth(bundle, digest, record)
+            elif isinstance(record, TreeRecord):
+                for untrue in untruths(record, bundle.records.__getitem__):
+                    raise FormatError(f"tree {digest.short}: {untrue}")
     except FormatError as error:
         raise type(error)(f"{path}: {error}") from error
     return bundle
 
 
 def store_bundle(files: Files, session: Session, bundle: Bundle) -> None:
-    """Store the objects of a checked bundle: blobs, then the manifests that need them.
+    """Store the objects of a checked bundle: blobs, then the records that need them, then those that need these.
 
     Raises:
         ConflictError: the file changed since it was checked.
@@ -110,8 +115,9 @@ def store_bundle(files: Files, session: Session, bundle: Bundle) -> None:
     try:
         for digest in bundle.blobs:
             objects.put(files, session, objects.BLOBS, bundle.chunks(digest), expected=digest)
-        for digest in bundle.manifests:
-            objects.put(files, session, objects.MANIFESTS, bundle.chunks(digest), expected=digest)
+        for wave in by_need({digest: record.needs for digest, record in bundle.records.items()}):
+            for digest in wave:
+                objects.put(files, session, objects.MANIFESTS, bundle.chunks(digest), expected=digest)
     except StoreError as error:
         raise ConflictError(f"the bundle changed while it was read: {error}") from error
 
@@ -134,7 +140,7 @@ def _open(fd: int) -> Bundle:
         position += found
     if position != size:
         raise FormatError(f"{size} bytes, its index accounts for {position}: it is cut short, or something was added")
-    read = {digest: _manifest(fd, digest, entries[digest]) for digest, _ in manifests}
+    read = {digest: _record(fd, digest, entries[digest]) for digest, _ in manifests}
     bundle = Bundle(fd, names, roots, read, entries, tuple(digest for digest, _ in blobs))
     _check_closure(bundle)
     return bundle
@@ -183,13 +189,13 @@ def _digest(value: Value) -> Digest:
     return Digest.from_raw("sha256", value)
 
 
-def _manifest(fd: int, digest: Digest, entry: Entry) -> Manifest:
+def _record(fd: int, digest: Digest, entry: Entry) -> Record:
     if entry.size > canonical.MAX_BYTES:
         raise FormatError(f"a manifest of {entry.size} bytes; the limit is {canonical.MAX_BYTES}")
     data = _exactly(fd, entry.begin, entry.size)
     if Digest.of(data) != digest:
         raise FormatError(f"the bytes of the manifest {digest} are damaged")
-    return decode_manifest(data)
+    return decode_record(data)
 
 
 def _check_closure(bundle: Bundle) -> None:
@@ -199,13 +205,13 @@ def _check_closure(bundle: Bundle) -> None:
         digest = todo.pop()
         if digest in reached:
             continue
-        if digest not in bundle.manifests:
-            raise FormatError(f"the root {digest} is not in it")
+        if digest not in bundle.records:
+            raise FormatError(f"{digest} is not in it, which is a root or needed by one")
         reached.add(digest)
-        derivation = bundle.manifests[digest].derivation
-        todo += [parent for parent in derivation.artifacts() if parent in bundle.manifests] if derivation else []
-    needed = {file.digest: file.size for manifest in bundle.manifests.values() for file in manifest.files}
-    if reached != set(bundle.manifests) or set(needed) != set(bundle.blobs):
+        record = bundle.records[digest]
+        todo += [*record.needs, *(parent for parent in record.lineage if parent in bundle.records)]
+    needed = {blob: size for record in bundle.records.values() for blob, size in record.blobs.items()}
+    if reached != set(bundle.records) or set(needed) != set(bundle.blobs):
         raise FormatError("it holds objects that no artifact of it needs, or lacks some that one does")
     for digest, size in needed.items():
         if bundle.entries[digest].size != size:

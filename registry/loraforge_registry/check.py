@@ -8,7 +8,6 @@ from itertools import takewhile
 
 from loraforge_registry import config as adapter_config
 from loraforge_registry import objects, refs
-from loraforge_registry.collect import Manifests, has
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import (
     FormatError,
@@ -25,7 +24,9 @@ from loraforge_registry.locks import LOCKS
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.new_store import DIRECTORIES, SHARDS
+from loraforge_registry.records import Record, Records, has, kind_of
 from loraforge_registry.system import read_chunks
+from loraforge_registry.trees import TreeRecord, untruths
 
 _ROOT = {directory.partition("/")[0] for directory in DIRECTORIES} | {"FORMAT", "index.sqlite"}
 
@@ -86,7 +87,8 @@ def check(files: Files, *, deep: bool = False) -> Report:
         known = {problem.digest for problem in found}
         found += _hashed(files, [digest for digest in blobs if digest not in known])
         known = {problem.digest for problem in found}
-        found += _untrue(files, {d: m for d, m in manifests.whole.items() if not {f.digest for f in m.files} & known})
+        whole = {digest: record for digest, record in manifests.whole.items() if not record.blobs.keys() & known}
+        found += _untrue(files, {digest: record for digest, record in whole.items() if isinstance(record, Manifest)})
     return Report(tuple(found), len(listed[objects.MANIFESTS][0]), len(blobs), 0 if "refs" in gone else _count(files))
 
 
@@ -139,26 +141,38 @@ def _listed(files: Files, area: str, gone: set[str]) -> tuple[list[Digest], list
 
 
 class _Checked:
-    """Manifests, each looked at once, and the files that they name."""
+    """Records, each looked at once, and the files and records that they need."""
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self._read = Manifests(files)
+        self._read = Records(files)
         self._sizes: dict[Digest, int] = {}
         self._bad: set[Digest] = set()
-        self.whole: dict[Digest, Manifest] = {}
+        self.whole: dict[Digest, Record] = {}
 
     def problems(self, digests: list[Digest]) -> Iterator[Problem]:
         for digest in digests:
             try:
-                manifest = self._read.read(digest)
+                record = self._read.read(digest)
             except (StoreError, FormatError, InputOutputError) as error:
                 yield _object("damaged_object", objects.MANIFESTS, digest, str(error.args[-1]))
                 continue
-            missing = [problem for file in manifest.files for problem in self._file(digest, file.digest, file.size)]
+            missing = [problem for blob, size in record.blobs.items() for problem in self._file(digest, blob, size)]
+            missing += self._needed(digest, record)
             yield from missing
             if not missing:
-                self.whole[digest] = manifest
+                self.whole[digest] = record
+
+    def _needed(self, owner: Digest, record: Record) -> Iterator[Problem]:
+        """Find what a record needs and that is gone, and what a tree says of its nodes that is not so."""
+        gone = [digest for digest in record.needs if not has(self._files, digest)]
+        for digest in gone:
+            said = f"the {kind_of(record)} {owner.short} needs this artifact"
+            yield _object("missing_object", objects.MANIFESTS, digest, said)
+        if isinstance(record, TreeRecord) and not gone:
+            with suppress(StoreError, FormatError, InputOutputError):  # a damaged node is said by itself
+                for untrue in untruths(record, self._read.read):
+                    yield _object("untrue_manifest", objects.MANIFESTS, owner, untrue)
 
     def _file(self, owner: Digest, digest: Digest, size: int) -> Iterator[Problem]:
         if digest in self._bad:

@@ -6,13 +6,14 @@ written is pinned by a session, and the kernel knows which sessions live.
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-from loraforge_registry import canonical, objects, refs
+from loraforge_registry import objects, refs
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import NotFoundError, StoreError
+from loraforge_registry.errors import FormatError, LoraforgeError, NotFoundError, StoreError
 from loraforge_registry.files import Files
-from loraforge_registry.manifest import Manifest, decode_manifest
+from loraforge_registry.records import Record, Records, by_need, has
 from loraforge_registry.sessions import pins_of_the_living
 
 AREAS = (objects.MANIFESTS, objects.BLOBS)  # in this order they go: a manifest that is there has all its blobs
@@ -43,48 +44,6 @@ class Collection:
         return sum(item.size for item in self.garbage)
 
 
-class Manifests:
-    """Manifests by digest, each read and checked once: they never change."""
-
-    def __init__(self, files: Files) -> None:
-        self._files = files
-        self._known: dict[Digest, Manifest] = {}
-
-    def read(self, digest: Digest) -> Manifest:
-        """Read one.
-
-        Raises:
-            NotFoundError: it is not in the store.
-            StoreError, ManifestError: it is damaged.
-        """
-        if digest not in self._known:
-            data = objects.read_all(self._files, objects.MANIFESTS, digest, canonical.MAX_BYTES)
-            self._known[digest] = decode_manifest(data)
-        return self._known[digest]
-
-    def reachable(self, roots: Iterable[Digest]) -> dict[Digest, Manifest]:
-        """Return the artifacts that roots mean, and what of their lineage is in the store.
-
-        Raises:
-            NotFoundError: a root is not in the store.
-            StoreError, ManifestError: one of them is damaged, so that nothing can be called garbage.
-        """
-        found: dict[Digest, Manifest] = {}
-        todo = list(roots)
-        while todo:
-            digest = todo.pop()
-            if digest not in found:
-                manifest = found[digest] = self.read(digest)
-                parents = manifest.derivation.artifacts() if manifest.derivation else ()
-                todo += [parent for parent in parents if has(self._files, parent)]
-        return found
-
-
-def has(files: Files, digest: Digest, area: str = objects.MANIFESTS) -> bool:
-    """Whether the store holds an object."""
-    return files.exists(objects.shard(area, digest), digest.hex)
-
-
 def named(files: Files) -> list[Digest]:
     """Return what refs mean.
 
@@ -107,8 +66,8 @@ def collect(files: Files, *, dry_run: bool, now: bool = False) -> Collection:
     Raises:
         StoreError: flock keeps nobody out here, or a ref or manifest is damaged; nothing was touched.
     """
-    manifests = Manifests(files)
-    _read_ahead(files, manifests)
+    records = Records(files)
+    needs = _read_ahead(files, records)
     before = files.names("trash")
     with files.lock("gc") as alone:
         if not alone:
@@ -118,11 +77,11 @@ def collect(files: Files, *, dry_run: bool, now: bool = False) -> Collection:
             )
         pins, living, dead = pins_of_the_living(files)
         # behind the sessions: one that ended in between has moved its ref by now
-        needed = _needed(files, manifests, pins)
+        needed = _needed(files, records, pins)
         garbage = tuple(_garbage(files, needed))
         leftovers = (*(f"sessions/{name}" for name in sorted(dead)), *_ownerless(files, living))
         if not dry_run:
-            moved = _move_to_trash(files, garbage)
+            moved = _move_to_trash(files, garbage, needs)
             _remove(files, leftovers)
     if dry_run:
         return Collection(garbage, leftovers, len(pins), _trash_size(files, before))
@@ -131,24 +90,36 @@ def collect(files: Files, *, dry_run: bool, now: bool = False) -> Collection:
     return Collection(garbage, leftovers, len(pins), emptied)
 
 
-def _read_ahead(files: Files, manifests: Manifests) -> None:
-    """Read what is named before anybody has to wait; what is wrong is said by the walk that counts."""
+def _read_ahead(files: Files, records: Records) -> dict[Digest, tuple[Digest, ...]]:
+    """Read what is there before anybody has to wait, and return what each record needs.
+
+    What is wrong is said by the walk that counts.
+    """
+    reached: Mapping[Digest, Record] = {}
+    with suppress(StoreError, NotFoundError, FormatError):
+        reached = records.reachable(named(files))
+    others = (digest for digest in objects.list_digests(files, objects.MANIFESTS) if digest not in reached)
+    return {digest: record.needs for digest, record in reached.items()} | {d: _needs(files, d) for d in others}
+
+
+def _needs(files: Files, digest: Digest) -> tuple[Digest, ...]:
+    """What one record needs; one that is damaged needs nothing any more."""
     try:
-        manifests.reachable(named(files))
-    except (StoreError, NotFoundError):
-        return
+        return Records(files).read(digest).needs  # and let go of it: of garbage there may be much
+    except (LoraforgeError, OSError):
+        return ()
 
 
-def _needed(files: Files, manifests: Manifests, pins: Iterable[Digest]) -> set[tuple[str, Digest]]:
+def _needed(files: Files, records: Records, pins: Iterable[Digest]) -> set[tuple[str, Digest]]:
     pinned = [digest for digest in pins if has(files, digest)]
     try:
-        reachable = manifests.reachable([*named(files), *pinned])
+        reachable = records.reachable([*named(files), *pinned])
     except NotFoundError as error:
         raise StoreError(
             f"a name means what is not there, so nothing is collected (loraforge fsck): {error}"
         ) from error
     needed = {(objects.MANIFESTS, digest) for digest in reachable}
-    needed |= {(objects.BLOBS, file.digest) for manifest in reachable.values() for file in manifest.files}
+    needed |= {(objects.BLOBS, digest) for record in reachable.values() for digest in record.blobs}
     # also what is not there yet: it may be by the time that we list
     return needed | {(area, digest) for digest in pins for area in AREAS}
 
@@ -182,18 +153,29 @@ def _ownerless(files: Files, living: set[str]) -> list[str]:
     return [f"tmp/{name}" for name in files.names("tmp") if name.partition(".")[0] not in living]
 
 
-def _move_to_trash(files: Files, garbage: Iterable[Garbage]) -> list[str]:
-    """Move manifests before blobs, and durably so: what a crash leaves is no manifest without its blobs."""
+def _move_to_trash(files: Files, garbage: Iterable[Garbage], needs: Mapping[Digest, tuple[Digest, ...]]) -> list[str]:
+    """Move records before what they need, and durably so: what a crash leaves is no record without that."""
     collection = secrets.token_hex(12)
     moved = []
-    for area in AREAS:
-        items = [item for item in garbage if item.area == area]
-        for item in items:
-            moved.append(f"{collection}-{area.partition('/')[0]}-{item.digest.hex}")
-            files.move(objects.shard(area, item.digest), item.digest.hex, "trash", moved[-1])
-        for directory in sorted({objects.shard(area, item.digest) for item in items}):
+    for area, digests in _in_order(files, garbage, needs):
+        for digest in digests:
+            moved.append(f"{collection}-{area.partition('/')[0]}-{digest.hex}")
+            files.move(objects.shard(area, digest), digest.hex, "trash", moved[-1])
+        for directory in sorted({objects.shard(area, digest) for digest in digests}):
             files.sync(directory)
     return moved
+
+
+def _in_order(
+    files: Files, garbage: Iterable[Garbage], needs: Mapping[Digest, tuple[Digest, ...]]
+) -> Iterator[tuple[str, list[Digest]]]:
+    """Yield what can go together: trees, adapters, files."""
+    going = list(garbage)
+    records = {item.digest for item in going if item.area == objects.MANIFESTS}
+    needed = {digest: needs[digest] if digest in needs else _needs(files, digest) for digest in records}
+    for wave in reversed(by_need(needed)):
+        yield objects.MANIFESTS, wave
+    yield objects.BLOBS, [item.digest for item in going if item.area == objects.BLOBS]
 
 
 def _remove(files: Files, paths: Iterable[str]) -> None:

@@ -22,19 +22,28 @@ def export(files: Files, manifest: Manifest, target: Path) -> None:
         StoreError: a stored file is damaged; nothing is left at ``target``.
         InputOutputError: it cannot be written.
     """
+    _export(files, {file.path: file for file in manifest.files}, target)
+
+
+def export_tree(files: Files, nodes: Mapping[str, Manifest], target: Path) -> None:
+    """Write the adapters of a tree, each into the directory that is its path below ``target``; raises as ``export``."""
+    _export(files, {f"{path}/{file.path}": file for path, node in nodes.items() for file in node.files}, target)
+
+
+def _export(files: Files, wanted: Mapping[str, File], target: Path) -> None:
     if target.resolve().is_relative_to(files.root.resolve()):
         raise ConflictError(f"{target} is inside the store {files.root}; name a directory elsewhere")
-    if _holds_exactly(target, manifest.files):
+    if _holds_exactly(target, wanted):
         return
 
     def chunks_of(file: File) -> Callable[[], Iterable[Buffer]]:
         return lambda: objects.verified(files, objects.BLOBS, file.digest, file.size)
 
-    write_directory(target, {file.path: chunks_of(file) for file in manifest.files})
+    write_directory(target, {path: chunks_of(file) for path, file in wanted.items()})
 
 
 def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[Buffer]]]) -> None:
-    """Write files into a new directory, which appears complete or not at all.
+    """Write files, by their path below it, into a new directory, which appears complete or not at all.
 
     Raises:
         ConflictError: ``target`` exists and is not an empty directory.
@@ -51,9 +60,13 @@ def write_directory(target: Path, contents: Mapping[str, Callable[[], Iterable[B
     except OSError as error:
         raise named_error(error, target.parent) from error
     try:
+        inner = sorted({parent for name in contents for parent in (staging / name).parents if parent > staging})
+        for directory in inner:
+            directory.mkdir()
         for name, chunks in contents.items():
             write_new(staging / name, chunks())
-        _sync(staging)
+        for directory in (*reversed(inner), staging):
+            _sync(directory)
         staging.replace(target)  # over an empty directory, or nothing
         _sync(target.parent)
     except OSError as error:
@@ -118,15 +131,16 @@ def _is_same(one: Path, other: Path) -> bool:
 def _discard(staging: Path) -> None:
     """Remove what an error left; after success nothing has this name."""
     with suppress(FileNotFoundError):
-        for file in staging.iterdir():
-            file.unlink()
+        for path in sorted(staging.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
         staging.rmdir()
 
 
-def _holds_exactly(target: Path, files: Iterable[File]) -> bool:
+def _holds_exactly(target: Path, wanted: Mapping[str, File]) -> bool:
     """Whether a directory holds these files and no others already: writing it again is then no conflict."""
-    wanted = {file.path: file for file in files}
-    if target.is_symlink() or not target.is_dir() or {p.name for p in target.iterdir()} != set(wanted):
+    if target.is_symlink() or not target.is_dir():
+        return False
+    if {str(p.relative_to(target)) for p in target.rglob("*") if p.is_symlink() or not p.is_dir()} != set(wanted):
         return False
     return all(_is_file(target / name, file) for name, file in wanted.items())
 

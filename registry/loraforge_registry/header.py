@@ -60,6 +60,11 @@ class Header:
     data_start: int
     raw: bytes = field(repr=False)
 
+    @property
+    def size(self) -> int:
+        """The bytes of the whole file."""
+        return self.data_start + (self.tensors[-1].end if self.tensors else 0)
+
 
 def read_header(fd: int) -> Header:
     """Read and check the header of an open safetensors file, by pread; the file position does not move.

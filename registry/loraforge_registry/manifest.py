@@ -1,14 +1,13 @@
 """The record of one adapter: files, tensors, base, where it came from (SPEC.md section 4)."""
 
-import re
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from loraforge_registry import canonical
 from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import ManifestError, ReferenceSyntaxError
+from loraforge_registry.errors import ManifestError
+from loraforge_registry.fields import check_schema, integer, keys, mapping, raw_digest, typed
 from loraforge_registry.header import TensorEntry
 
 SCHEMA = "loraforge.adapter/1"
@@ -18,9 +17,6 @@ README_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
 
 MAX_INPUTS = 10_000  # of one operation: each may be an artifact that every walk of the lineage looks for
-
-_MAX_SIZE = 2**53
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +75,13 @@ class Derivation:
                 found |= dict.fromkeys(item.source.artifacts())
         return tuple(found)
 
+    @property
+    def parent(self) -> Artifact | None:
+        """The artifact that this was made atop: the first input that computes what the parameter ``parent`` says."""
+        said = self.parameters.get("parent")
+        made_from = (item.source for item in self.inputs if isinstance(item.source, Artifact))
+        return next((source for source in made_from if str(source.content_id) == said), None)
+
     def located(self, stored: "Mapping[Digest, Artifact]") -> "Derivation":
         """Return the same derivation with inputs that were known by content id only named by their artifact."""
 
@@ -105,6 +108,27 @@ class Manifest:
     def file(self, path: str) -> File:
         """The file at ``path``, which must be one that every adapter has."""
         return next(file for file in self.files if file.path == path)
+
+    @property
+    def blobs(self) -> Mapping[Digest, int]:
+        """The sizes of its files, by digest."""
+        return {file.digest: file.size for file in self.files}
+
+    @property
+    def needs(self) -> tuple[Digest, ...]:
+        """No record must be there for an adapter to be whole."""
+        return ()
+
+    @property
+    def lineage(self) -> tuple[Digest, ...]:
+        """The artifacts it was made from, which are kept as far as they are there."""
+        return () if self.derivation is None else self.derivation.artifacts()
+
+    @property
+    def parent(self) -> Digest | None:
+        """The artifact that it was made atop, if any."""
+        found = None if self.derivation is None else self.derivation.parent
+        return None if found is None else found.digest
 
     @property
     def size(self) -> int:
@@ -138,17 +162,17 @@ def decode_manifest(data: bytes) -> Manifest:
     Raises:
         ManifestError: not canonical, a field missing, unknown or of a wrong type, or a newer schema.
     """
-    fields = _typed("manifest", canonical.decode(data), dict)
-    _check_schema(fields.get("schema"))
-    _keys("manifest", fields, "schema base content_id derivation files report tensors")
-    base = _map("base", fields["base"], "name revision")
+    fields = typed("manifest", canonical.decode(data), dict)
+    check_schema(fields.get("schema"), SCHEMA)
+    keys("manifest", fields, "schema base content_id derivation files report tensors")
+    base = mapping("base", fields["base"], "name revision")
     derivation, report = fields["derivation"], fields["report"]
     manifest = Manifest(
-        content_id=_digest("sha256", fields["content_id"]),
-        files=tuple(_file(item) for item in _typed("files", fields["files"], list)),
-        tensors=tuple(_tensor(item) for item in _typed("tensors", fields["tensors"], list)),
-        base_name=None if base["name"] is None else _typed("base.name", base["name"], str),
-        base_revision=None if base["revision"] is None else _typed("base.revision", base["revision"], str),
+        content_id=raw_digest("sha256", fields["content_id"]),
+        files=tuple(_file(item) for item in typed("files", fields["files"], list)),
+        tensors=tuple(_tensor(item) for item in typed("tensors", fields["tensors"], list)),
+        base_name=None if base["name"] is None else typed("base.name", base["name"], str),
+        base_revision=None if base["revision"] is None else typed("base.revision", base["revision"], str),
         derivation=None if derivation is None else _derivation(derivation),
         report=None if report is None else _report(report),
     )
@@ -203,12 +227,12 @@ def _tensor_out(tensor: Tensor) -> Value:
 
 
 def _derivation(value: Value) -> Derivation:
-    fields = _map("derivation", value, "operation version parameters inputs")
-    _check_inputs(_typed("inputs", fields["inputs"], list))
+    fields = mapping("derivation", value, "operation version parameters inputs")
+    _check_inputs(typed("inputs", fields["inputs"], list))
     return Derivation(
-        operation=_typed("operation", fields["operation"], str),
-        version=_integer("version", fields["version"]),
-        inputs=tuple(_input(item) for item in _typed("inputs", fields["inputs"], list)),
+        operation=typed("operation", fields["operation"], str),
+        version=integer("version", fields["version"]),
+        inputs=tuple(_input(item) for item in typed("inputs", fields["inputs"], list)),
         parameters=_parameters(fields["parameters"]),
     )
 
@@ -219,57 +243,57 @@ def _check_inputs(inputs: Sized) -> None:
 
 
 def _input(value: Value) -> Input:
-    fields = _typed("input", value, dict)
+    fields = typed("input", value, dict)
     kind = next(iter(set(fields) - {"weight"}), "")
     if set(fields) not in ({"weight", "artifact"}, {"weight", "content_id"}, {"weight", "derivation"}):
         raise ManifestError(f"input: the fields {sorted(fields)} are not a weight and one source")
     source: Artifact | Digest | Derivation
     if kind == "artifact":
-        both = _map("artifact", fields[kind], "digest content_id")
-        source = Artifact(_digest("sha256", both["digest"]), _digest("sha256", both["content_id"]))
+        both = mapping("artifact", fields[kind], "digest content_id")
+        source = Artifact(raw_digest("sha256", both["digest"]), raw_digest("sha256", both["content_id"]))
     elif kind == "content_id":
-        source = _digest("sha256", fields[kind])
+        source = raw_digest("sha256", fields[kind])
     else:
         source = _derivation(fields[kind])
-    return Input(source, _typed("weight", fields["weight"], float))
+    return Input(source, typed("weight", fields["weight"], float))
 
 
 def _file(value: Value) -> File:
-    fields = _map("file", value, "path digest size")
-    path = _typed("path", fields["path"], str)
+    fields = mapping("file", value, "path digest size")
+    path = typed("path", fields["path"], str)
     if path not in FILES:
         raise ManifestError(f"file path {path[:80]!r}; expected one of {', '.join(FILES)}")
-    return File(path, _digest("sha256", fields["digest"]), _integer("size", fields["size"]))
+    return File(path, raw_digest("sha256", fields["digest"]), integer("size", fields["size"]))
 
 
 def _tensor(value: Value) -> Tensor:
-    row = _typed("tensor", value, list)
+    row = typed("tensor", value, list)
     if len(row) != 6:
         raise ManifestError(f"a tensor of {len(row)} fields, expected 6")
     name, dtype, shape, begin, end, digest = row
     entry = TensorEntry(
-        name=_typed("tensor name", name, str),
-        dtype=_typed("dtype", dtype, str),
-        shape=tuple(_integer("shape", item) for item in _typed("shape", shape, list)),
-        begin=_integer("begin", begin),
-        end=_integer("end", end),
+        name=typed("tensor name", name, str),
+        dtype=typed("dtype", dtype, str),
+        shape=tuple(integer("shape", item) for item in typed("shape", shape, list)),
+        begin=integer("begin", begin),
+        end=integer("end", end),
     )
-    return Tensor(entry, _digest("blake3", digest))
+    return Tensor(entry, raw_digest("blake3", digest))
 
 
 def _report(value: Value) -> dict[str, Value]:
     """Numbers and texts, and under ``targets`` such a map for each target; an ``error`` is a float."""
-    fields: dict[str, Value] = dict(_typed("report", value, dict))
-    targets = _typed("report.targets", fields.pop("targets", {}), dict)
+    fields: dict[str, Value] = dict(typed("report", value, dict))
+    targets = typed("report.targets", fields.pop("targets", {}), dict)
     rows = [_scalars(f"report of {name[:80]!r}", row) for name, row in targets.items()]
     for row in (_scalars("report", fields), *rows):
-        _typed("report error", row.get("error", 0.0), float)
-    return _typed("report", value, dict)
+        typed("report error", row.get("error", 0.0), float)
+    return typed("report", value, dict)
 
 
 def _parameters(value: Value) -> dict[str, Value]:
     """Scalars, and arrays of them."""
-    fields: dict[str, Value] = _typed("parameters", value, dict)
+    fields: dict[str, Value] = typed("parameters", value, dict)
     for key, item in fields.items():
         for each in item if isinstance(item, list) else [item]:
             _scalars("parameters", {key: each})
@@ -277,20 +301,11 @@ def _parameters(value: Value) -> dict[str, Value]:
 
 
 def _scalars(what: str, value: Value) -> dict[str, Value]:
-    fields: dict[str, Value] = _typed(what, value, dict)
+    fields: dict[str, Value] = typed(what, value, dict)
     for key, item in fields.items():
         if isinstance(item, bytes | list | dict):
             raise ManifestError(f"{what}: {key[:80]!r} is {type(item).__name__}, expected a number, text, bool or nil")
     return fields
-
-
-def _check_schema(schema: Value) -> None:
-    if schema == SCHEMA:
-        return
-    said = schema if isinstance(schema, str) else type(schema).__name__
-    if re.fullmatch(r"loraforge\.adapter/([0-9]{1,6})", said):
-        raise ManifestError(f"manifest schema {said}; this version reads {SCHEMA}: upgrade loraforge")
-    raise ManifestError(f"not a manifest: schema is {said[:60]!r}, expected {SCHEMA!r}")
 
 
 def _check_order(manifest: Manifest) -> None:
@@ -300,34 +315,3 @@ def _check_order(manifest: Manifest) -> None:
         raise ManifestError(f"files {paths}: expected config and weights, each path once, sorted")
     if names != sorted(set(names)):
         raise ManifestError("tensors are not sorted by name, or one stands twice")
-
-
-def _typed(what: str, value: Value, kind: type[T]) -> T:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ManifestError(f"{what} is {type(value).__name__}, expected {kind.__name__}")
-    return value
-
-
-def _integer(what: str, value: Value) -> int:
-    number = _typed(what, value, int)
-    if not 0 <= number <= _MAX_SIZE:
-        raise ManifestError(f"{what} is {number}, expected 0 to 2^53")
-    return number
-
-
-def _keys(what: str, fields: Mapping[str, Value], expected: str) -> None:
-    if set(fields) != set(expected.split()):
-        raise ManifestError(f"{what}: the fields {sorted(fields)[:12]}, expected {expected.split()}")
-
-
-def _map(what: str, value: Value, expected: str) -> dict[str, Value]:
-    fields: dict[str, Value] = _typed(what, value, dict)
-    _keys(what, fields, expected)
-    return fields
-
-
-def _digest(algorithm: str, value: Value) -> Digest:
-    try:
-        return Digest.from_raw(algorithm, _typed("digest", value, bytes))
-    except ReferenceSyntaxError as error:
-        raise ManifestError(f"a digest of a wrong length: {error}") from error

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from loraforge_registry import objects, refs
 from loraforge_registry.canonical import MAX_BYTES
 from loraforge_registry.check import Problem
-from loraforge_registry.collect import has
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, StoreError
 from loraforge_registry.files import Files
-from loraforge_registry.manifest import decode_manifest
 from loraforge_registry.names import RefName
+from loraforge_registry.records import decode_record, has
 from loraforge_registry.sessions import Session, open_session
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class _Repair:
             yield self._source, (objects.shard(area, digest), digest.hex)
 
     def _replace(self, area: str, digest: Digest, origin: Files, place: tuple[str, str]) -> bool:
-        """Publish the bytes at a place, if they are the right ones; a manifest behind its files."""
+        """Publish the bytes at a place, if they are the right ones; a record behind what it needs."""
         if not origin.exists(*place):
             return False
         chunks: Iterable[Buffer] = origin.chunks(*place)
@@ -79,7 +78,7 @@ class _Repair:
                 data = origin.read(*place, MAX_BYTES) or b""
                 if Digest.of(data) != digest:
                     return False
-                self._files_of(data)
+                self._needed_by(data)
                 chunks = [data]
             objects.put(
                 self._files,
@@ -93,12 +92,15 @@ class _Repair:
             return False  # not there, or damaged there as well
         return True
 
-    def _files_of(self, data: bytes) -> None:
-        for file in decode_manifest(data).files:
-            if not objects.is_whole(self._files, objects.BLOBS, file.digest, file.size) and not self._object(
-                objects.BLOBS, file.digest
-            ):
-                raise NotFoundError(f"{file.digest} is nowhere to be found")
+    def _needed_by(self, data: bytes) -> None:
+        record = decode_record(data)
+        whole = objects.is_whole
+        for digest, size in record.blobs.items():
+            if not whole(self._files, objects.BLOBS, digest, size) and not self._object(objects.BLOBS, digest):
+                raise NotFoundError(f"{digest} is nowhere to be found")
+        for digest in record.needs:
+            if not whole(self._files, objects.MANIFESTS, digest) and not self._object(objects.MANIFESTS, digest):
+                raise NotFoundError(f"{digest} is nowhere to be found")
 
     def _keep_damaged(self, directory: str, name: str) -> None:
         self._files.keep_copy(directory, name, "quarantine", f"{name}.{self._session.name}")

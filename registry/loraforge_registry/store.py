@@ -5,17 +5,24 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraforge_registry import bundle, index, names, objects, refs
 from loraforge_registry.canonical import Value
 from loraforge_registry.check import Report, check
-from loraforge_registry.collect import Collection, Manifests, collect, has, named
+from loraforge_registry.collect import Collection, collect, named
 from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError, ReferenceSyntaxError, StoreError
-from loraforge_registry.export import export
+from loraforge_registry.errors import (
+    ConflictError,
+    LoraforgeError,
+    ManifestError,
+    NotFoundError,
+    ReferenceSyntaxError,
+    StoreError,
+)
+from loraforge_registry.export import export, export_tree
 from loraforge_registry.files import Files
 from loraforge_registry.index import Summary
 from loraforge_registry.ingest import Incoming, ingest, open_source
@@ -27,13 +34,17 @@ from loraforge_registry.manifest import (
     Derivation,
     File,
     Manifest,
+    encode_manifest,
 )
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.new_store import check_format, make_store
 from loraforge_registry.paths import AnyPath, default_store, expand
+from loraforge_registry.records import Record, Records, has
 from loraforge_registry.refs import Move
 from loraforge_registry.repair import repair
 from loraforge_registry.sessions import Session, open_session, reading
+from loraforge_registry.system import Buffer
+from loraforge_registry.trees import TreeRecord, encode_tree, untruths
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,11 @@ class Store:
         self._files: Files | None = Files(self.path) if check_format(self.path) else None
         self._own = threading.local()  # a session belongs to one thread
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a store; one that is not is made at the first write."""
+        return self._files is not None
+
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Keep all that is put, tagged or read in the block from collection until its end; blocks may nest."""
@@ -94,41 +110,87 @@ class Store:
         report: Mapping[str, Value] | None = None,
         name: RefName | None = None,
         force: bool = False,
+        expected: Digest | None = None,
     ) -> Artifact:
         """Store an adapter and, with ``name``, point that ref at it.
 
         The tag ``latest`` moves freely; any other moves only with ``force``, or to where it is already.
 
         Raises:
-            FormatError: the adapter is refused; nothing is stored.
+            FormatError: the adapter is refused, or is not the artifact ``expected``; nothing is stored.
             ConflictError: the tag means another artifact; the adapter is stored, and reachable by its digest.
         """
         files = self._writable()
         with self.session() as session:
             session.pin(*(derivation.artifacts() if derivation else ()))
-            artifact = ingest(files, session, incoming, derivation=derivation, report=report)
+            artifact = ingest(files, session, incoming, derivation=derivation, report=report, expected=expected)
             if name is not None:
                 what = "push" if derivation is None else derivation.operation
                 self._move(session, artifact.digest, name, force=force, what=what)
             index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
         return artifact
 
+    def put_again(
+        self, digest: Digest, derivation: Derivation, *, report: Mapping[str, Value] | None = None
+    ) -> Artifact:
+        """Record the files of an artifact a second time, as made otherwise; nothing is copied.
+
+        Raises:
+            NotFoundError: it is not in the store.
+        """
+        files = self._writable()
+        with self.session() as session:
+            session.pin(digest, *derivation.artifacts())
+            self._make_durable(digest)
+            again = replace(self.manifest(digest), derivation=derivation, report=report)
+            session.pin(*again.blobs)
+            found, _ = objects.put(files, session, objects.MANIFESTS, [encode_manifest(again)])
+        return Artifact(found, again.content_id)
+
+    def put_tree(self, tree: TreeRecord, name: RefName, *, expected: Digest | None, what: str) -> Digest:
+        """Store a tree whose nodes are in the store, and move ``name`` from ``expected`` to it; return its digest.
+
+        Raises:
+            ConflictError: the name means something else than ``expected`` by now.
+            NotFoundError: a node is not there.
+            ManifestError: a node was not made atop the one that its path puts it on.
+        """
+        files = self._writable()
+        with self.session() as session:
+            session.pin(*tree.needs)
+            for digest in tree.needs:
+                self._make_durable(digest)
+            for untrue in untruths(tree, Records(files).read):
+                raise ManifestError(untrue)
+            digest, _ = objects.put(files, session, objects.MANIFESTS, [encode_tree(tree)])
+            if digest != expected:
+                refs.move_ref(files, session, name, expected=expected, new=digest, who=_who(), what=what)
+            index.write_summaries(files.root, {digest: self._summarise(digest)})
+        return digest
+
     def tag(self, digest: Digest, name: RefName, *, force: bool = False, what: str = "tag") -> None:
-        """Point a ref at an artifact that is in the store; ``put`` says when it may move.
+        """Point a ref at a record that is in the store; ``put`` says when it may move.
 
         Raises:
             ConflictError: the tag means another artifact.
             NotFoundError: the artifact is not there.
         """
-        files = self._writable()
+        self._writable()
         with self.session() as session:
             session.pin(digest)
-            manifest = self.manifest(digest)
-            for file in manifest.files:
-                with objects.opened(files, objects.BLOBS, file.digest, file.size):
-                    objects.make_durable(files, objects.BLOBS, file.digest)
-            objects.make_durable(files, objects.MANIFESTS, digest)
+            self._make_durable(digest)
             self._move(session, digest, name, force=force, what=what)
+
+    def _make_durable(self, digest: Digest) -> None:
+        """Make a record that is pinned last, behind all that it needs: its writer may not have got so far."""
+        files = self._readable()
+        record = self.record(digest)
+        for needed in record.needs:
+            self._make_durable(needed)
+        for blob, size in record.blobs.items():
+            with objects.opened(files, objects.BLOBS, blob, size):
+                objects.make_durable(files, objects.BLOBS, blob)
+        objects.make_durable(files, objects.MANIFESTS, digest)
 
     def _move(self, session: Session, digest: Digest, name: RefName, *, force: bool, what: str) -> None:
         """Point a ref at what is complete, durable and pinned."""
@@ -212,14 +274,35 @@ class Store:
         """Return what a ref points at, or None."""
         return None if self._files is None else refs.read_ref(self._files, name)
 
-    def manifest(self, digest: Digest) -> Manifest:
-        """Read an artifact's manifest, checked against its digest.
+    def record(self, digest: Digest) -> Record:
+        """Read a record of any kind, checked against its digest.
 
         Raises:
             NotFoundError: it is not in the store.
             StoreError, ManifestError: it is damaged.
         """
-        return Manifests(self._readable()).read(digest)
+        return Records(self._readable()).read(digest)
+
+    def manifest(self, digest: Digest) -> Manifest:
+        """Read an adapter's manifest, checked against its digest.
+
+        Raises:
+            NotFoundError: it is not in the store.
+            StoreError, ManifestError: it is damaged, or a record of another kind.
+        """
+        return Records(self._readable()).manifest(digest)
+
+    def tree(self, digest: Digest) -> TreeRecord:
+        """Read the record of a tree.
+
+        Raises:
+            NotFoundError: it is not in the store.
+            StoreError, ManifestError: it is damaged, or a record of another kind.
+        """
+        found = self.record(digest)
+        if not isinstance(found, TreeRecord):
+            raise ManifestError(f"{digest} is an adapter, expected a tree: loraforge tree create makes one")
+        return found
 
     def layout(self, manifest: Manifest) -> Layout:
         """Which tensor is what, in an artifact of this store."""
@@ -230,6 +313,14 @@ class Store:
         """Read one small file of an artifact, checked against its digest."""
         return objects.read_all(self._readable(), objects.BLOBS, file.digest, limit)
 
+    def holds(self, file: File) -> bool:
+        """Whether a file's bytes are there, whole; they are read and hashed."""
+        return self._files is not None and objects.is_whole(self._files, objects.BLOBS, file.digest, file.size)
+
+    def chunks(self, file: File) -> Iterator[Buffer]:
+        """Yield a file's bytes; what is damaged raises at its end (see ``objects.verified``)."""
+        return objects.verified(self._readable(), objects.BLOBS, file.digest, file.size)
+
     @contextmanager
     def open_weights(self, manifest: Manifest) -> Iterator[int]:
         """Open the weights of an artifact; their length is checked, their bytes are not."""
@@ -238,9 +329,14 @@ class Store:
             yield fd
 
     def export(self, digest: Digest, target: Path) -> None:
-        """Write an artifact out as a PEFT directory, every byte checked (see ``export.export``)."""
+        """Write an artifact out as a PEFT directory, every byte checked; a tree as one such for every path."""
         with self.reading(digest):
-            export(self._readable(), self.manifest(digest), target)
+            record = self.record(digest)
+            if isinstance(record, TreeRecord):
+                nodes = {path: self.manifest(node) for path, node in record.nodes.items()}
+                export_tree(self._readable(), nodes, target)
+            else:
+                export(self._readable(), self.manifest(digest), target)
 
     def export_bundle(self, roots: Sequence[Digest], names: Mapping[RefName, Digest], target: AnyPath) -> int:
         """Write artifacts with their lineage, and names for them, into one file (see ``bundle``); return its size.
@@ -316,19 +412,19 @@ class Store:
         """
         if self._files is None:
             return Usage(0, 0, 0, 0)
-        reachable = Manifests(self._files).reachable(named(self._files))
+        reachable = Records(self._files).reachable(named(self._files))
         sizes = {
             (area, digest): self._files.size(objects.shard(area, digest), digest.hex) or 0
             for area in (objects.BLOBS, objects.MANIFESTS)
             for digest in objects.list_digests(self._files, area)
         }
         needed = {(objects.MANIFESTS, digest) for digest in reachable}
-        needed |= {(objects.BLOBS, file.digest) for m in reachable.values() for file in m.files}
+        needed |= {(objects.BLOBS, blob) for record in reachable.values() for blob in record.blobs}
         trash = sum(self._files.size("trash", name) or 0 for name in self._files.names("trash"))
         physical = sum(sizes.values()) + trash
         return Usage(
             artifacts=sum(area == objects.MANIFESTS for area, _ in sizes),
-            logical=sum(manifest.size for manifest in reachable.values()),
+            logical=sum(record.size for record in reachable.values() if isinstance(record, Manifest)),
             physical=physical,
             reclaimable=physical - sum(sizes.get(key, 0) for key in needed),
         )
@@ -342,8 +438,8 @@ class Store:
             return None
         known = index.read_summaries(self.path)
         for digest in objects.list_digests(self._files, objects.MANIFESTS):
-            summary = known.get(digest)
-            if (summary.content_id if summary else self.manifest(digest).content_id) == content_id:
+            found = known.get(digest) or self.record(digest)
+            if isinstance(found, Summary | Manifest) and found.content_id == content_id:
                 return digest
         return None
 
@@ -386,6 +482,9 @@ class Store:
         return Named(ref, found, summary)
 
     def _summarise(self, digest: Digest) -> Summary:
+        record = self.record(digest)
+        if isinstance(record, TreeRecord):
+            return _of_tree(digest, record, [self._summarise(node) for node in record.nodes.values()])
         manifest = self.manifest(digest)
         layout = self.layout(manifest)
         return Summary(
@@ -429,6 +528,19 @@ class Store:
             make_store(self.path)
             self._files = Files(self.path)
         return self._files
+
+
+def _of_tree(digest: Digest, tree: TreeRecord, nodes: Sequence[Summary]) -> Summary:
+    """One line about a tree: the largest rank, all nodes together."""
+    return Summary(
+        content_id=digest,  # a tree is what its nodes and base are, and its record says just that
+        base=tree.base_name,
+        rank=max((node.rank for node in nodes), default=0),
+        targets=max((node.targets for node in nodes), default=0),
+        parameters=sum(node.parameters for node in nodes),
+        size=sum(node.size for node in nodes),
+        operation=f"tree of {len(nodes)}",
+    )
 
 
 def _who() -> str:

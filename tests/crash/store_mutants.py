@@ -456,8 +456,8 @@ def blobs_first() -> None:
 
 
 def no_lineage() -> None:
-    real = collect.Manifests.reachable
-    collect.Manifests.reachable = lambda self, roots: (
+    real = collect.Records.reachable
+    collect.Records.reachable = lambda self, roots: (
         {digest: self.read(digest) for digest in list(roots)} or real(self, ())
     )
 
@@ -472,7 +472,7 @@ def doubt_ignored() -> None:
             return []
 
     collect.named = named
-    read = collect.Manifests.reachable
+    read = collect.Records.reachable
 
     def reachable(self, roots):
         found = {}
@@ -481,7 +481,7 @@ def doubt_ignored() -> None:
                 found |= read(self, [root])
         return found
 
-    collect.Manifests.reachable = reachable
+    collect.Records.reachable = reachable
 
 
 def published_unverified() -> None:
