@@ -85,6 +85,7 @@ def prepare(session: Session, settings: TrainSettings, beside: Prepared | None =
             pad=tokenizer.pad,
             max_length=settings.max_length,
             pack_dtype=dtype,
+            grouped=settings.group_by_length,
         )
 
     read = files if valid_file is None else (*files, valid_file)
@@ -242,7 +243,7 @@ def inputs_of(prepared: Prepared, base: Digest) -> dict[str, Value]:
     found["data"] = str(data_digest(prepared.files))
     if prepared.parent is not None:
         found["parent"] = str(prepared.parent.content_id)
-    own = ("batch_size", "max_length", "pack", "mask", "val_split")
+    own = ("batch_size", "max_length", "pack", "mask", "val_split", "group_by_length")
     return found | {key: said[key] for key in own if key in said}
 
 

@@ -56,12 +56,14 @@ FLAGS: Mapping[str, Flag] = {
     "max_grad_norm": Flag(float, "Clip the gradient to this norm; 0 does not (1)."),
     "max_length": Flag(int, "Cut samples to this many tokens (1024).", own=True),
     "pack": Flag(bool, "Put several samples in a line, isolated from each other.", own=True),
+    "group_by_length": Flag(bool, "Put samples of like lengths in a batch, so that less is filled up.", own=True),
     "mask": Flag(
         click.Choice(["prompt", "last", "none"]), "Learn all answers, the last, or everything (prompt).", own=True
     ),
     "precision": Flag(click.Choice(["auto", "fp32", "bf16"]), "bf16 is autocast over float32 factors (auto)."),
     "device": Flag(str, "auto, cpu, cuda, cuda:N or mps (auto)."),
     "grad_checkpoint": Flag(bool, "Compute activations again to save memory."),
+    "compile": Flag(bool, "Run the model through torch.compile (no dropout; needs a C++ compiler)."),
     "eval_every": Flag(int, "Evaluate every so many steps (each epoch)."),
     "patience": Flag(int, "Stop after so many evaluations without a better one."),
     "save_every": Flag(int, "Checkpoint every so many steps (50)."),
@@ -82,6 +84,7 @@ class TrainSettings:
     max_length: int
     pack: bool
     mask: Any
+    group_by_length: bool = False
     name: str | None = None
     parent: str | None = None
     run: str | None = None
@@ -147,6 +150,7 @@ def check_settings(said: Mapping[str, Any]) -> TrainSettings:
         max_length=said["max_length"],
         pack=said["pack"],
         mask=said["mask"],
+        group_by_length=said.get("group_by_length", False),
         name=said.get("as"),
         parent=said.get("parent"),
         run=said.get("run"),

@@ -16,6 +16,7 @@ from loraforge.layers import Injected, attach, inject, narrow, widen
 from loraforge.training import checkpoints, ranks
 from loraforge.training.batches import Batch, Count, Window, count_labels, steps_per_epoch, windows
 from loraforge.training.checkpoints import Progress, Setting
+from loraforge.training.compiled import compiled
 from loraforge.training.config import TrainConfig
 from loraforge.training.schedule import rate
 from loraforge.training.step import check_reached, clip, evaluate, make_optimizer, set_rate, window_gradient
@@ -96,7 +97,7 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
         raise TrainingError("eval_every and patience are about an evaluation: give valid, the data for it")
     plan = make_plan(batches, config)
     folder = None if run is None else expand(run)
-    with apart(), placed(model, config) as device:
+    with apart(), placed(model, config) as device, compiled(model, wanted=config.compile):
         seed_all(config.seed, "start")
         injected = inject(model, config) if adapter is None else attach(model, adapter, dropout=config.dropout)
         try:
