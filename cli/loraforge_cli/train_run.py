@@ -36,6 +36,7 @@ from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer, un
 from loraforge_cli.train_parent import Parent, load_atop, open_parent
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
+from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Derivation
 from loraforge_registry.names import DEFAULT_TAG, RefName
 
@@ -56,19 +57,19 @@ class Prepared:
     parent: Parent | None
 
 
-def prepare(session: Session, settings: TrainSettings) -> Prepared:
-    """Read data, parent and base, and put them together."""
+def prepare(session: Session, settings: TrainSettings, beside: Prepared | None = None) -> Prepared:
+    """Read data, parent and base, and put them together; ``beside`` has parent and base already."""
     files, valid_file = _files(settings)
     if valid_file is not None and settings.val_split:
         raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
     samples = read_samples(files[0])
-    parent = open_parent(session, settings.parent)
-    tokenizer = load_tokenizer(settings.base)
+    parent = open_parent(session, settings.parent) if beside is None else beside.parent
+    tokenizer = load_tokenizer(settings.base) if beside is None else beside.tokenizer
     counted = tokenize(samples, tokenizer, settings.max_length, settings.mask)
     rows, held_out = _split(counted, settings)
     if valid_file is not None:
         held_out = tokenize(read_samples(valid_file), tokenizer, settings.max_length, settings.mask).rows
-    model = load_atop(settings.base, parent, settings.config.precision)
+    model = load_atop(settings.base, parent, settings.config.precision) if beside is None else beside.model
     every = (*rows, *held_out)
     check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
     _warn_of_untrained(session, model, counted, tokenizer, settings)
@@ -140,7 +141,7 @@ def show_plan(session: Session, prepared: Prepared) -> None:
             {
                 "trained": f"{count(trainable)} parameters, {100 * trainable / total:.3g}% of {count(total)}, "
                 f"on {len(injected.targets)} targets",
-                "data": _data_line(counted),
+                "data": data_line(counted),
                 "steps": str(plan.total),
                 "memory": _memory_line(found),
             }
@@ -179,20 +180,20 @@ def _memory_line(found: Mapping[str, Any]) -> str:
 def run_training(session: Session, prepared: Prepared, name: RefName, *, resume: bool, force: bool) -> None:
     """Train, store, and print what was made."""
     settings, registry = prepared.settings, Registry(session.store_path)
-    _check_free(registry, name, force=force)
+    check_free(registry, name, force=force)
     counted = prepared.counted
     if counted.truncated or counted.skipped:
-        note(f"data: {_data_line(counted)}", quiet=session.quiet)
-    inputs = _inputs(prepared)
+        note(f"data: {data_line(counted)}", quiet=session.quiet)
+    inputs = inputs_of(prepared, base_digest(settings.base))
     seen: list[Metrics] = []
     total = make_plan(prepared.loader, settings.config).total
-    with _interruptible(session) as interrupted, _progress(session, total) as show_step:
+    with interruptible(session) as interrupted, _progress(session, total) as show_step:
 
         def on_step(metrics: Metrics) -> None:
             seen.append(metrics)
             show_step(metrics)
 
-        with _memory_named():
+        with memory_named():
             adapter = train(
                 prepared.model,
                 prepared.loader,
@@ -208,17 +209,17 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
         _say_how_to_go_on(settings, seen[-1].step)
     if ranks.rank() > 0:
         return
-    parent, report = prepared.parent, _report(_history(settings, seen))
+    parent, report = prepared.parent, report_of(_history(settings, seen))
     start = None if parent is None else parent.adapter
     derivation = trained(settings.config, inputs, start, version=loraforge.__version__)
-    described = _store(registry, parent, adapter, derivation, report, name, force=force)
+    described = store_adapter(registry, parent, adapter, derivation, report, name, force=force)
     if session.as_json:
         emit(described.as_json())
     else:
         click.echo(line(described))
 
 
-def _store(
+def store_adapter(
     registry: Registry,
     parent: Parent | None,
     adapter: Adapter,
@@ -235,10 +236,10 @@ def _store(
         return describe(registry.store, put.digest, name)
 
 
-def _inputs(prepared: Prepared) -> dict[str, Value]:
+def inputs_of(prepared: Prepared, base: Digest) -> dict[str, Value]:
     """What a run depends on beside its configuration: base, parent and data by content, and how data is batched."""
     said = prepared.settings.said
-    found: dict[str, Value] = {"base": str(base_digest(prepared.settings.base))}
+    found: dict[str, Value] = {"base": str(base)}
     found["data"] = str(data_digest(prepared.files))
     if prepared.parent is not None:
         found["parent"] = str(prepared.parent.content_id)
@@ -254,7 +255,7 @@ def _history(settings: TrainSettings, seen: list[Metrics]) -> list[Metrics]:
     return [Metrics(**json.loads(text)) for text in lines]
 
 
-def _report(steps: list[Metrics]) -> dict[str, Value]:
+def report_of(steps: list[Metrics]) -> dict[str, Value]:
     """The last loss and the best evaluation, six digits of each."""
     found: dict[str, Value] = {"loss": _six(steps[-1].loss), "steps": steps[-1].step}
     judged = [m.eval_loss for m in steps if m.eval_loss is not None and math.isfinite(m.eval_loss)]
@@ -289,13 +290,14 @@ def _split(counted: Counted, settings: TrainSettings) -> tuple[Any, Any]:
     return rows, tuple(counted.rows[place] for place in sorted(aside))
 
 
-def _data_line(counted: Counted) -> str:
+def data_line(counted: Counted) -> str:
+    """Say how many samples there are, and what became of the others."""
     cut = f", {counted.truncated} cut to max-length" if counted.truncated else ""
     left = f", {counted.skipped} left out with nothing to learn" if counted.skipped else ""
     return f"{len(counted.rows)} samples{cut}{left}"
 
 
-def _check_free(registry: Registry, name: RefName, *, force: bool) -> None:
+def check_free(registry: Registry, name: RefName, *, force: bool) -> None:
     """Find out before hours of training that the name is taken."""
     taken = any(found.ref == name for found in registry.ls())
     if taken and not force and name.tag != DEFAULT_TAG:
@@ -303,7 +305,7 @@ def _check_free(registry: Registry, name: RefName, *, force: bool) -> None:
 
 
 @contextmanager
-def _memory_named() -> Iterator[None]:
+def memory_named() -> Iterator[None]:
     """Say what helps where the device's memory is not enough."""
     try:
         yield
@@ -315,7 +317,7 @@ def _memory_named() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible(session: Session) -> Iterator[Callable[[], bool]]:
+def interruptible(session: Session) -> Iterator[Callable[[], bool]]:
     """Turn the first interrupt into a question that is answered after the step; a second one interrupts at once."""
     asked: list[int] = []
 

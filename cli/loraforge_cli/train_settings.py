@@ -70,7 +70,7 @@ FLAGS: Mapping[str, Flag] = {
     "keep": Flag(int, "How many checkpoints to keep (2)."),
     "seed": Flag(int, "Decides initial factors, dropout and order (0)."),
 }
-_DEFAULTS: Mapping[str, Any] = {"batch_size": 4, "max_length": 1024, "pack": False, "mask": "prompt", "save_every": 50}
+DEFAULTS: Mapping[str, Any] = {"batch_size": 4, "max_length": 1024, "pack": False, "mask": "prompt", "save_every": 50}
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,24 @@ def read_settings(yaml_file: str | None, flags: Mapping[str, Any]) -> TrainSetti
         ConfigError: a key that is none, or a value of a wrong type; it is named.
         TrainingError: a value out of range.
     """
+    said = {**DEFAULTS, **(_read_yaml(Path(yaml_file)) if yaml_file else {}), **given_flags(flags)}
+    return check_settings(said)
+
+
+def given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given, by their settings' names."""
+    return {name.removesuffix("_"): value for name, value in flags.items() if value is not None}
+
+
+def check_settings(said: Mapping[str, Any]) -> TrainSettings:
+    """Check settings that were converted, and fill in what follows from them.
+
+    Raises:
+        ConfigError: a value out of range.
+        TrainingError: the same of one that is TrainConfig's.
+    """
     from loraforge.training import TrainConfig
 
-    given = {name.removesuffix("_"): value for name, value in flags.items() if value is not None}
-    said = {**_DEFAULTS, **(_read_yaml(Path(yaml_file)) if yaml_file else {}), **given}
     for needed in ("base", "data"):
         if needed not in said:
             raise click.UsageError(f"say which {needed}: --{needed}, or {needed}: in the YAML file")
@@ -155,6 +169,25 @@ def targets(text: str) -> str | tuple[str, ...]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    return converted(path, read_document(path))
+
+
+def converted(path: Path, document: Mapping[object, object]) -> dict[str, Any]:
+    """Return the settings of a YAML mapping, each of its flag's type.
+
+    Raises:
+        ConfigError: a key that is none, or a value of a wrong type; it is named.
+    """
+    return {_known(path, key): _converted(path, key, value) for key, value in document.items() if value is not None}
+
+
+def read_document(path: Path) -> dict[object, object]:
+    """Read a YAML file of settings.
+
+    Raises:
+        NotFoundError: there is none.
+        ConfigError: it is not YAML, or not settings.
+    """
     import yaml
 
     try:
@@ -167,7 +200,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: is {type(document).__name__}, expected settings such as 'lr: 0.0002'")
-    return {_known(path, key): _converted(path, key, value) for key, value in document.items() if value is not None}
+    return document
 
 
 def _refuse_aliases_and_twins(path: Path, text: str) -> None:
@@ -176,11 +209,15 @@ def _refuse_aliases_and_twins(path: Path, text: str) -> None:
 
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
         raise ConfigError(f"{path}: has an alias (*name); write the value itself")
-    root = yaml.compose(text, yaml.SafeLoader)
-    keys = [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-    if twice is not None:
-        raise ConfigError(f"{path}: the setting {twice[:60]!r} stands twice")
+    pending = [yaml.compose(text, yaml.SafeLoader)]
+    while pending:
+        node = pending.pop()
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [str(key.value) for key, _ in pairs]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise ConfigError(f"{path}: the setting {twice[:60]!r} stands twice")
+        pending += [value for _, value in pairs]
 
 
 def _known(path: Path, key: object) -> str:

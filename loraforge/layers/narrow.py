@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from loraforge.layers.kinds import is_transposed, kind_of
 
 _NAME = "narrow_weight"
+SHARED = "shared_lora"
+"""What marks a module that several adapters share: its forward asks for the copy."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype | None) -> list[Tensor]:
@@ -28,7 +30,8 @@ def narrow(model: nn.Module, dtype: torch.dtype | None) -> list[Tensor]:
     found: list[Tensor] = []
     for module in model.modules() if dtype is not None else ():
         ops = kind_of(module)
-        adapted = "lora" in module._modules and getattr(module.lora, "magnitude", None) is None  # noqa: SLF001 - a look at its children
+        alone = "lora" in module._modules and getattr(module.lora, "magnitude", None) is None  # noqa: SLF001 - a look at its children
+        adapted = alone or SHARED in module.__dict__
         if ops is None or ops.name != "linear" or not (adapted or "forward" not in module.__dict__):
             continue
         weight: Any = module.weight
@@ -44,8 +47,9 @@ def narrow(model: nn.Module, dtype: torch.dtype | None) -> list[Tensor]:
 def widen(model: nn.Module) -> None:
     """Take the copies away again."""
     for module in model.modules():
-        if module.__dict__.pop(_NAME, None) is not None and "lora" not in module._modules:  # noqa: SLF001 - as above
-            del module.__dict__["forward"]
+        adapted = "lora" in module._modules or SHARED in module.__dict__  # noqa: SLF001 - as above
+        if module.__dict__.pop(_NAME, None) is not None and not adapted:
+            module.__dict__.pop("forward", None)
 
 
 def weight_in(module: Any, w: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ANN401 - any linear module

@@ -23,6 +23,7 @@ from loraforge.layers.forward import Factors, drops, form_of, run_adapted
 from loraforge.layers.grouped import Block, grouped_linear
 from loraforge.layers.inject import Injected, attach, inject
 from loraforge.layers.kinds import kind_of
+from loraforge.layers.narrow import SHARED, weight_in
 
 
 class ApartError(Exception):
@@ -31,9 +32,12 @@ class ApartError(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """``count`` rows of a batch that are one adapter's; each was ``own`` long before it was filled up to ``width``."""
+    """``count`` rows of a batch that are one adapter's, or with None the base's alone.
 
-    name: str
+    Each was ``own`` long before it was filled up to ``width``.
+    """
+
+    name: str | None
     count: int
     own: int = 0
     width: int = 0
@@ -102,7 +106,7 @@ class Shared:
 
     def forward(self, target: str, module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - of a known kind
         """Run a module: what takes the place of its forward."""
-        found = [self.members[rows.name].factors.get(target) for rows in self._rows]
+        found = [None if rows.name is None else self.members[rows.name].factors.get(target) for rows in self._rows]
         if all(lora is None for lora in found):
             y: Tensor = type(module).forward(module, x)
             return y
@@ -136,7 +140,7 @@ class Shared:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
         with torch.autocast(device, enabled=False):
-            return grouped_linear(dtype, blocks, x, w, module.bias, *tensors)
+            return grouped_linear(dtype, blocks, x, weight_in(module, w, dtype), module.bias, *tensors)
 
     def _dropouts(self, module: nn.Module, found: Sequence[Factors | None], x: Tensor) -> list[Dropout | None]:
         """Return each block's dropout, from its adapter's own generator.
@@ -150,7 +154,8 @@ class Shared:
         if call not in self._seeds:
             pairs = zip(self._rows, found, strict=True)
             self._seeds[call] = [
-                None if lora is None else draw(lora.dropout, self.generators[rows.name]) for rows, lora in pairs
+                None if lora is None or rows.name is None else draw(lora.dropout, self.generators[rows.name])
+                for rows, lora in pairs
             ]
         return [_filled(*pair, x) for pair in zip(self._rows, self._seeds[call], strict=True)]
 
@@ -158,7 +163,7 @@ class Shared:
     def _lifted(self) -> Iterator[None]:
         """Let the modules look as they did, so that another adapter can be put in."""
         for module in self._modules.values():
-            del module.__dict__["forward"]
+            _restore(module)
         self._modules = {}
         try:
             yield
@@ -169,10 +174,14 @@ class Shared:
         """Give every module that some adapter wants the shared forward, and the others back their own."""
         wanted = {name: module for one in self.members.values() for name, module in one.targets.items()}
         for name in self._modules.keys() - wanted.keys():
-            del self._modules[name].__dict__["forward"]
+            _restore(self._modules[name])
         for name in wanted.keys() - self._modules.keys():
-            wanted[name].__dict__["forward"] = partial(self.forward, name, wanted[name])
+            wanted[name].__dict__ |= {"forward": partial(self.forward, name, wanted[name]), SHARED: True}
         self._modules = wanted
+
+
+def _restore(module: nn.Module) -> None:
+    del module.__dict__["forward"], module.__dict__[SHARED]
 
 
 def check_shareable(name: str, config: LoraConfig, adapter: Adapter | None = None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from loraforge.errors import NumericalError, TrainingError
+from loraforge.layers import narrow, widen
 from loraforge.layers.shared import ApartError
 from loraforge.training import checkpoints, group_state
 from loraforge.training.batches import Batch, Window, windows
@@ -41,9 +42,8 @@ class Group:
         saved = group_state.find(self.folder, self.seats, self._common(), resume=resume)
         if saved is not None:
             self.number, self.apart = saved.number, saved.apart
+            self._seat([seat for seat, one in zip(self.seats, saved.seats, strict=True) if group_state.is_there(one)])
             for place, seat in enumerate(self.seats):
-                if group_state.is_there(saved.seats[place]):
-                    self._seat(seat)
                 group_state.restore(seat, place, saved)
                 if seat.ended and seat.run is not None:
                     self._leave(seat)
@@ -55,9 +55,8 @@ class Group:
 
     def round(self) -> list[tuple[Seat, Metrics]]:
         """Take one step of every adapter that is there; return what each did."""
-        for seat in self.seats:
-            if not seat.ended and seat.run is None and seat.member.joins <= self.number:
-                self._seat(seat)
+        waiting = [seat for seat in self.seats if not seat.ended and seat.run is None]
+        self._seat([seat for seat in waiting if seat.member.joins <= self.number])
         active = [seat for seat in self.seats if seat.run is not None]
         if not active:  # the next one joins later
             self.number = min(seat.member.joins for seat in self.seats if not seat.ended)
@@ -101,10 +100,15 @@ class Group:
         """What of a run is the same for all adapters."""
         return {"at_once": self.at_once, "halving": None if self.halving is None else asdict(self.halving)}
 
-    def _seat(self, seat: Seat) -> None:
-        config = seat.member.config
-        seed_all(config.seed, "start")
-        seat.run = make_run(self.way.shared.join(seat.name, config, seat.member.adapter), config)
+    def _seat(self, seats: Sequence[Seat]) -> None:
+        if not seats:
+            return
+        widen(self.way.model)
+        for seat in seats:
+            config = seat.member.config
+            seed_all(config.seed, "start")
+            seat.run = make_run(self.way.shared.join(seat.name, config, seat.member.adapter), config)
+        narrow(self.way.model, self.way.narrow)
 
     def _leave(self, seat: Seat) -> None:
         seat.run = seat.coming = None

@@ -11,18 +11,14 @@ from torch import nn
 
 from loraforge.adapter import Adapter
 from loraforge.errors import LoraforgeError, TrainingError
+from loraforge.layers import widen
 from loraforge.layers.shared import Shared, check_shareable
 from loraforge.training import ranks
 from loraforge.training.batches import Batch, Count, count_labels
 from loraforge.training.config import TrainConfig
 from loraforge.training.group import Group
 from loraforge.training.halving import Halving
-from loraforge.training.loop import (
-    Metrics,
-    autocast_of,
-    make_plan,
-    placed,
-)
+from loraforge.training.loop import Metrics, autocast_of, make_plan, narrow_type, placed
 from loraforge.training.seats import Dropped, Member, Seat
 from loraforge.training.streams import apart
 from loraforge.training.together import RowLosses, Way
@@ -48,6 +44,9 @@ class Trained(Mapping[str, Adapter]):
         if name in self.failed:
             raise self.failed[name]
         return self.adapters[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.adapters
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.adapters)
@@ -91,7 +90,7 @@ def train_many(  # noqa: PLR0913 - the first two are the call, the rest are opti
     config = seats[0].member.config
     folder = None if run is None else expand(run)
     with apart(), placed(model, config) as device, _shared(model) as shared:
-        way = Way(model, shared, count, autocast_of(config, device), row_losses)
+        way = Way(model, shared, count, autocast_of(config, device), row_losses, narrow_type(config, device))
         group = Group(seats, way, halving, at_once or len(seats), folder)
         group.begin(resume=resume)
         for seat in seats:
@@ -118,6 +117,7 @@ def _shared(model: nn.Module) -> Iterator[Shared]:
     try:
         yield shared
     finally:
+        widen(model)
         shared.close()
 
 
@@ -154,6 +154,8 @@ def _check(seats: Sequence[Seat], halving: Halving | None) -> None:
                     f"{seat.name} has {name}={mine!r} and {first.name} {others!r}: they share one model, so give all "
                     "the same"
                 )
+        if config.compile:
+            raise TrainingError(f"{seat.name}: compile is for one adapter alone, not for several at once: leave it out")
         if seat.member.valid is None and (config.patience, config.eval_every) != (None, None):
             raise TrainingError(
                 f"{seat.name}: eval_every and patience are about an evaluation: give valid, the data for it"

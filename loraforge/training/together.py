@@ -50,13 +50,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Way:
-    """How losses come about: the model, the adapters in it, how labels are counted."""
+    """How losses come about: the model, the adapters in it, how labels are counted.
+
+    ``narrow`` is the type that frozen weights are cast to once, if any.
+    """
 
     model: nn.Module
     shared: Shared
     count: Count
     autocast: torch.dtype | None
     row_losses: RowLosses | None = None
+    narrow: torch.dtype | None = None
 
 
 Found = dict[str, tuple[float, int]]

@@ -13,7 +13,7 @@ from torch import nn
 import loraforge as lf
 from loraforge.errors import LoraforgeError, NumericalError, StoreError, TargetError, TrainingError
 from loraforge.layers import inject
-from loraforge.layers.shared import Shared
+from loraforge.layers.shared import Rows, Shared
 from loraforge.training import Halving, Member, TrainConfig, train, train_many
 from loraforge.training.batches import count_labels
 from loraforge.training.data.loader import make_loader
@@ -237,6 +237,24 @@ def test_a_neighbour_that_is_no_number_reaches_nobody(bad):
         assert float((found[name] - alone[name]).norm() / alone[name].norm()) < 1e-6
 
 
+def test_rows_of_the_base_alone_stand_beside_those_of_adapters():
+    model, shared = llama().eval(), Shared(llama())
+    ids = torch.randint(1, VOCABULARY, (5, 7), generator=torch.Generator().manual_seed(0))
+    before = model(input_ids=ids).logits
+    trained = alone(model, members(1)["m0"])
+    injected = lf.attach(model, trained, trainable=False)
+    adapted = model.eval()(input_ids=ids).logits
+    injected.remove()
+    shared.join("one", TrainConfig(), trained)
+    with shared.rows([Rows("one", 2), Rows(None, 2), Rows("one", 1)]), torch.no_grad():
+        found = model(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, before)
+    shared.close()
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    assert torch.allclose(found[2:4], before[2:4], atol=1e-5)
+    assert torch.allclose(found[[0, 1, 4]], adapted[[0, 1, 4]], atol=1e-5)
+
+
 def members(count=4, **changes):
     common = {"lr": 3e-3, "max_steps": 6, "warmup": 1, **changes}
     return {
@@ -281,6 +299,21 @@ def test_each_adapter_and_each_metric_is_that_of_its_own_run():
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
 
 
+def test_under_autocast_weights_are_cast_once_and_losses_agree():
+    several = {
+        name: replace(m, config=replace(m.config, precision="bf16"), joins=n)
+        for n, (name, m) in enumerate(members(3).items())
+    }
+    seen = {}
+    found = train_many(llama(), several, on_step=lambda name, m: seen.setdefault(name, []).append(m.loss))
+    assert found.apart is None
+    for name, member in several.items():
+        steps = []
+        alone(llama(), member, on_step=lambda m, steps=steps: steps.append(m.loss))
+        assert seen[name] == pytest.approx(steps, rel=2e-2)
+    assert not any({"narrow_weight", "forward"} & module.__dict__.keys() for module in llama().modules())
+
+
 def test_adapters_join_and_leave():
     several = members(3)
     several["m1"] = replace(several["m1"], joins=2)
@@ -319,6 +352,7 @@ def test_one_that_diverges_ends_alone():
     found = train_many(llama(), several)
     assert list(found) == ["m0", "m2"]
     assert list(found.failed) == ["m1"]
+    assert "m1" not in found
     with pytest.raises(NumericalError, match=r"^m1: "):
         _ = found["m1"]
     for name in found:
@@ -471,6 +505,7 @@ def test_a_run_is_resumed_only_as_it_was(tmp_path):
         ({"bias": "all"}, TargetError, "m1: bias='all' trains tensors of the base"),
         ({"precision": "bf16"}, TrainingError, "m1 has precision='bf16' and m0 'auto'"),
         ({"grad_checkpoint": True}, TrainingError, "m1 has grad_checkpoint=True"),
+        ({"compile": True, "dropout": 0.0}, TrainingError, "m1: compile is for one adapter alone"),
         ({"patience": 1}, TrainingError, "m1: eval_every and patience"),
         ({"targets": ("nothing",)}, TargetError, "match no module"),
     ],
