@@ -452,7 +452,8 @@ def every_digest_is_whole(_files, area, digest, size=None):
 
 
 def blobs_first() -> None:
-    collect.AREAS = tuple(reversed(collect.AREAS))
+    real = collect._in_order
+    collect._in_order = lambda *given: reversed(list(real(*given)))
 
 
 def no_lineage() -> None:

@@ -1,8 +1,8 @@
 """Thirty defects that users of other trainers have reported, and where each is held off.
 
 ``TABLE`` gives for every one where it was seen and what tests it; those without a test in another module are below.
-Number 25, rows of the base alone in a batch of several adapters, is of the layers that mix them; 28, compiling again
-for each adapter, cannot be: what is compiled has one. Quantised bases are refused, which is all that 17 and 22 ask.
+Number 28, compiling again for each adapter, cannot be: what is compiled has one. Quantised bases are refused, which is
+all that 17 and 22 ask.
 """
 
 import importlib
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own remarks
 
 HERE, LOOP, DATA = "unit.training.test_known_defects", "unit.training.test_loop", "unit.training.test_data"
 RANKS, LAYERS, PEFT = "unit.training.test_ranks", "unit.layers.test_layers", "conformance.test_peft_training"
-CLI = "cli.test_train"
+CLI, MANY = "cli.test_train", "unit.training.test_many"
 
 TABLE: dict[int, tuple[str, str, str, str]] = {
     1: ("a mean of means over micro-batches", "transformers#34191 #35438 #37766", HERE, "test_01_"),
@@ -58,6 +58,7 @@ TABLE: dict[int, tuple[str, str, str, str]] = {
     22: ("merging into a quantised base", "peft#2321 qlora#28", LAYERS, "test_layers_that_cannot_be_adapted_say_why"),
     23: ("DoRA's magnitudes of another weight", "mlx-examples#832", HERE, "test_23_"),
     24: ("only some of the adapter is updated", "mLoRA#138 peft#631 #1303", HERE, "test_24_"),
+    25: ("rows of the base alone beside an adapter's", "sglang#5928", MANY, "test_rows_of_the_base_alone"),
     26: ("weights that were never loaded", "mlx-examples#940 needle#53", CLI, "test_a_base_without_"),
     27: ("evaluation with dropout", "peft#2438", LOOP, "test_evaluation_is_weighted_by_labels_and_runs_without"),
     29: ("an evaluation that merges, and drifts", "loralib", HERE, "test_29_"),
