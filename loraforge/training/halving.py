@@ -3,7 +3,7 @@
 With ``first`` steps r and eta: rung i is reached after ``r eta^i`` steps, and of n_i there the best
 ``max(1, floor(n_i / eta))`` go on (Jamieson and Talwalkar 2016, arXiv:1502.07943; with this eta and this floor one
 bracket of Hyperband, Li et al. 2018, arXiv:1603.06560, algorithm 1). Departs from both: who goes on keeps the schedule
-it began with, so that what comes out is what a run alone would have given.
+it began with, to its own last step, so that what comes out is what a run alone would have given.
 """
 
 import math
