@@ -211,11 +211,9 @@ def _filled(key: object, tensor: Tensor, width: int) -> Tensor:
 
 
 def _filled_square(mask: Tensor, more: int) -> Tensor:
-    """Fill up a mask of scores: what is added sees only itself, so that no softmax is over nothing."""
-    if more == 0 or mask.dtype == torch.bool or mask.shape[-1] != mask.shape[-2]:
-        if more == 0:
-            return mask
+    """Fill up a mask of scores: what is added sees all alike and is seen by nobody, and no softmax is over nothing."""
+    if more == 0:
+        return mask
+    if mask.dtype == torch.bool or mask.shape[-1] != mask.shape[-2]:
         raise ApartError("an attention mask is not one that is added to the scores")
-    whole = F.pad(mask, (0, more, 0, more), value=torch.finfo(mask.dtype).min)
-    whole[..., range(-more, 0), range(-more, 0)] = 0
-    return whole
+    return F.pad(mask, (0, more, 0, more), value=torch.finfo(mask.dtype).min)

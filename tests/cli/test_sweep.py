@@ -109,16 +109,19 @@ def test_one_that_fails_is_named_and_the_others_are_stored(sweep, run):
     assert [row["name"] for row in run("ls", "--json").json] == ["good"]
 
 
-def test_a_killed_sweep_goes_on_to_the_same_adapters(sweep, run, tmp_path):
-    path = sweep("seed: 3\nsave_every: 1\nadapters:\n  a:v1: {lr: 1e-2, max_steps: 3}\n  b:v1: {lr: 1e-3, epochs: 6}\n")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_sweep_goes_on_to_the_same_adapters(sweep, run, tmp_path, how):
+    path = sweep(
+        "seed: 3\nsave_every: 1\nadapters:\n  a:v1: {lr: 1e-2, max_steps: 3}\n  b:v1: {lr: 1e-3, epochs: 30}\n"
+    )
     whole = {row["adapter"]: row["digest"] for row in run("train", path, "--json").json["adapters"]}
     folder, store = tmp_path / "run", tmp_path / "other"
     command = [sys.executable, "-m", "loraforge_cli", "train", str(path), "--run", str(folder), "--store", str(store)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(folder.glob("step-*"))) < 2:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    assert process.wait() in (-signal.SIGKILL, 130)
     done = run("train", path, "--run", folder, "--store", store, "--resume", "--json")
     assert done.code == 0, done.err
     assert {row["adapter"]: row["digest"] for row in done.json["adapters"]} == whole

@@ -1,6 +1,7 @@
 """Several adapters at once: each is what its own run gives, whoever is beside it."""
 
 import functools
+import json
 import math
 from dataclasses import replace
 
@@ -440,6 +441,44 @@ def test_rows_without_a_mask_get_one_where_lengths_differ():
     assert gap(found["short"], train(llama(), bare, config)) < 1e-5
 
 
+class Pool(nn.Module):
+    """A model that sees a whole row at once: without a mask it would see what the row was filled up with."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 3)
+
+    def each(self, input_ids, labels, attention_mask=None):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mean = (self.embed(input_ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return nn.functional.cross_entropy(self.out(mean), labels, reduction="none")
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        return self.each(input_ids, labels, attention_mask).mean()
+
+    @staticmethod
+    def row_losses(model, batch):
+        return model.each(**batch)
+
+
+def test_what_rows_are_filled_up_with_is_seen_by_nobody():
+    torch.manual_seed(0)
+    model = Pool()
+
+    def batches(*lengths):
+        return [
+            {"input_ids": torch.randint(1, VOCABULARY, (2, length)), "labels": torch.randint(3, (2,))}
+            for length in lengths
+        ]
+
+    config = TrainConfig(rank=2, targets=("out",), max_steps=3, lr=1e-2, dropout=0.2)
+    several = {"short": (batches(4, 3, 2), config), "long": (batches(4, 9, 5), config)}  # as long in the first step
+    found = train_many(model, several, row_losses=Pool.row_losses)
+    assert found.apart is None
+    for name, (own, _) in several.items():
+        assert gap(found[name], train(model, own, config)) < 1e-5
+
+
 def test_gradient_checkpointing_meets_the_same_masks():
     several = {name: replace(m, config=replace(m.config, dropout=0.3)) for name, m in members(2).items()}
     again = {name: replace(m, config=replace(m.config, grad_checkpoint=True)) for name, m in several.items()}
@@ -456,6 +495,8 @@ def judged():
     several["m3"] = replace(several["m3"], config=replace(several["m3"].config, lr=1e30, max_grad_norm=0, warmup=0))
     several["m0"] = replace(several["m0"], config=replace(several["m0"].config, max_steps=2))
     several["m2"] = replace(several["m2"], joins=2)
+    soon = {"lr": 0.3, "warmup": 0, "max_grad_norm": 0, "eval_every": 1, "max_steps": 7}  # best soon, then worse
+    several["m1"] = replace(several["m1"], config=replace(several["m1"].config, **soon))
     return several
 
 
@@ -465,19 +506,46 @@ def test_evaluations_count_as_in_a_run_alone():
         assert gap(found[name], alone(llama(), judged()[name])) < 1e-5
 
 
+def _lines(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
 @pytest.mark.parametrize("at", range(1, 8))
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, at):
-    whole = train_many(llama(), judged())
-    rounds = []
-    train_many(llama(), judged(), run=tmp_path, should_stop=lambda: rounds.append(1) or len(rounds) == at)
+    whole = train_many(llama(), judged(), run=tmp_path / "whole")
+    rounds, run = [], tmp_path / "run"
+    train_many(llama(), judged(), run=run, should_stop=lambda: rounds.append(1) or len(rounds) == at)
     ended = []
-    found = train_many(llama(), judged(), run=tmp_path, resume=True, on_end=lambda name, _: ended.append(name))
+    found = train_many(llama(), judged(), run=run, resume=True, on_end=lambda name, _: ended.append(name))
     assert list(found) == list(whole) == ["m0", "m1", "m2"]
     assert sorted(ended) == ["m0", "m1", "m2"]
     assert str(found.failed["m3"]) == str(whole.failed["m3"])
     assert all(same_bits(found[name], whole[name]) for name in whole)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(set(lines))
+    assert _lines(run) == _lines(tmp_path / "whole")
+
+
+def test_the_best_of_what_is_resumed_was_before_the_break(tmp_path):
+    whole = train_many(llama(), judged(), run=tmp_path)
+    losses = [line["eval_loss"] for line in _lines(tmp_path) if line["name"] == "m1"]
+    assert losses.index(min(losses)) < len(losses) - 2
+    assert not same_bits(
+        whole["m1"],
+        alone(
+            llama(),
+            replace(judged()["m1"], valid=None, config=replace(judged()["m1"].config, eval_every=None, patience=None)),
+        ),
+    )
+
+
+def test_a_resumed_run_takes_turns_if_it_did(tmp_path):
+    torch.manual_seed(0)
+    model, several = Mixing("norm"), mixing_members()
+    whole = train_many(model, several, row_losses=Mixing.row_losses)
+    train_many(model, several, row_losses=Mixing.row_losses, run=tmp_path, should_stop=lambda: True)
+    found = train_many(model, several, row_losses=Mixing.row_losses, run=tmp_path, resume=True)
+    assert found.apart == whole.apart
+    assert all(same_bits(found[name], whole[name]) for name in several)
 
 
 def test_a_run_is_resumed_only_as_it_was(tmp_path):
