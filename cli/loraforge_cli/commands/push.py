@@ -8,6 +8,7 @@ from loraforge_cli.describe import describe
 from loraforge_cli.options import SOURCE, Session, common, refuse_url
 from loraforge_cli.output import emit, note
 from loraforge_cli.summary import line
+from loraforge_cli.tree_view import is_tree, print_tree, view
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError
 from loraforge_registry.ingest import find_adapter, open_adapter
@@ -43,6 +44,9 @@ def command(session: Session, *, source: str, name: str | None, force: bool) -> 
         left_out = find_adapter(path).left_out
         if left_out:
             note(f"left out (no part of an adapter): {', '.join(left_out[:8])}", quiet=session.quiet)
+    if is_tree(store, digest):
+        print_tree(session, view(store, digest, ref))
+        return
     described = describe(store, digest, ref)
     if session.as_json:
         emit(described.as_json())
