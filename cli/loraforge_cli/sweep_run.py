@@ -24,6 +24,7 @@ from loraforge_cli.sweep_report import best_loss, metrics_line, show_results
 from loraforge_cli.sweep_settings import Sweep
 from loraforge_cli.train_run import (
     Prepared,
+    RunResult,
     check_free,
     data_line,
     inputs_of,
@@ -31,7 +32,7 @@ from loraforge_cli.train_run import (
     memory_named,
     prepare,
     report_of,
-    store_adapter,
+    store_trained,
 )
 from loraforge_registry.canonical import Value
 from loraforge_registry.names import RefName
@@ -56,9 +57,8 @@ class _Keeper:
         parent = prepared.parent
         start = None if parent is None else parent.adapter
         derivation = trained(entry.settings.config, self.inputs[name], start, version=loraforge.__version__)
-        report = report_of(self.history(name))
-        name_ = called or entry.name
-        return store_adapter(self.registry, parent, adapter, derivation, report, name_, force=self.force)
+        made = RunResult(adapter, derivation, report_of(self.history(name)))
+        return store_trained(self.registry, parent, made, called or entry.name, force=self.force)
 
     def history(self, name: str) -> list[Metrics]:
         """Return all steps of an adapter, those before the run was resumed too."""

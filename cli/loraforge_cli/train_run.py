@@ -57,14 +57,21 @@ class Prepared:
     parent: Parent | None
 
 
-def prepare(session: Session, settings: TrainSettings, beside: Prepared | None = None) -> Prepared:
-    """Read data, parent and base, and put them together; ``beside`` has parent and base already."""
+def prepare(
+    session: Session, settings: TrainSettings, beside: Prepared | None = None, *, parent: Parent | None = None
+) -> Prepared:
+    """Read data, parent (the one given, else the one that the settings name) and base, and put them together.
+
+    ``beside`` has parent and base already.
+    """
     files, valid_file = _files(settings)
     if valid_file is not None and settings.val_split:
         raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
     samples = read_samples(files[0])
-    parent = open_parent(session, settings.parent) if beside is None else beside.parent
-    tokenizer = load_tokenizer(settings.base) if beside is None else beside.tokenizer
+    if beside is not None:
+        parent, tokenizer = beside.parent, beside.tokenizer
+    else:
+        parent, tokenizer = parent or open_parent(session, settings.parent), load_tokenizer(settings.base)
     counted = tokenize(samples, tokenizer, settings.max_length, settings.mask)
     rows, held_out = _split(counted, settings)
     if valid_file is not None:
@@ -177,11 +184,32 @@ def _memory_line(found: Mapping[str, Any]) -> str:
     return f"{whole} at the peak: base {base}, adapter {adapter}, moments {moments}, a step on the largest batch {step}"
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made: the adapter, how, and what came out of it."""
+
+    adapter: Adapter
+    derivation: Derivation
+    report: dict[str, Value]
+
+
 def run_training(session: Session, prepared: Prepared, name: RefName, *, resume: bool, force: bool) -> None:
     """Train, store, and print what was made."""
-    settings, registry = prepared.settings, Registry(session.store_path)
+    registry = Registry(session.store_path)
     check_free(registry, name, force=force)
-    counted = prepared.counted
+    made = train_once(session, prepared, resume=resume)
+    if ranks.rank() > 0:
+        return
+    described = store_trained(registry, prepared.parent, made, name, force=force)
+    if session.as_json:
+        emit(described.as_json())
+    else:
+        click.echo(line(described))
+
+
+def train_once(session: Session, prepared: Prepared, *, resume: bool) -> RunResult:
+    """Train, and show how it goes; nothing is stored."""
+    settings, counted = prepared.settings, prepared.counted
     if counted.truncated or counted.skipped:
         note(f"data: {data_line(counted)}", quiet=session.quiet)
     inputs = inputs_of(prepared, base_digest(settings.base))
@@ -207,32 +235,19 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
             )
     if interrupted() and seen and seen[-1].step != total:
         _say_how_to_go_on(settings, seen[-1].step)
-    if ranks.rank() > 0:
-        return
-    parent, report = prepared.parent, report_of(_history(settings, seen))
-    start = None if parent is None else parent.adapter
+    start = None if prepared.parent is None else prepared.parent.adapter
     derivation = trained(settings.config, inputs, start, version=loraforge.__version__)
-    described = store_adapter(registry, parent, adapter, derivation, report, name, force=force)
-    if session.as_json:
-        emit(described.as_json())
-    else:
-        click.echo(line(described))
+    return RunResult(adapter, derivation, report_of(_history(settings, seen)) if ranks.rank() == 0 else {})
 
 
-def store_adapter(
-    registry: Registry,
-    parent: Parent | None,
-    adapter: Adapter,
-    derivation: Derivation,
-    report: dict[str, Value],
-    name: RefName,
-    *,
-    force: bool,
+def store_trained(
+    registry: Registry, parent: Parent | None, made: RunResult, name: RefName, *, force: bool
 ) -> Described:
     """Store an adapter, and with it a parent that was given as a directory."""
     with registry.store.session():  # no collection between the parent, which may have no name, and what needs it
-        located = derivation.located(store_sources(registry, [] if parent is None else [parent.source]))
-        put = registry.store.put(peft.encode(adapter), derivation=located, report=report, name=name, force=force)
+        located = made.derivation.located(store_sources(registry, [] if parent is None else [parent.source]))
+        incoming = peft.encode(made.adapter)
+        put = registry.store.put(incoming, derivation=located, report=made.report, name=name, force=force)
         return describe(registry.store, put.digest, name)
 
 

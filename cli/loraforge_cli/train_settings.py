@@ -1,7 +1,7 @@
 """What ``loraforge train`` is told: flags and a YAML file of the same names, of which flags win."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +93,9 @@ class TrainSettings:
     said: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train_options(function: Callable[..., object]) -> Callable[..., object]:
-    """Give a command one option for each flag; what is not given is None."""
-    for name, flag in reversed(list(FLAGS.items())):
+def train_options(function: Callable[..., object], *, without: Collection[str] = ()) -> Callable[..., object]:
+    """Give a command one option for each flag but some; what is not given is None."""
+    for name, flag in reversed([item for item in FLAGS.items() if item[0] not in without]):
         spelt, parameter = "--" + name.replace("_", "-"), f"{name}_" if name == "as" else name
         if flag.kind is bool:
             option = click.option(f"{spelt}/--no-{spelt[2:]}", parameter, default=None, help=flag.help)

@@ -6,7 +6,7 @@ read again, so nothing drifts, however many moves there are. A model in another 
 what a loader would make of the merged checkpoint: the rounded value, converted.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Self, TypeAlias
 
@@ -40,7 +40,8 @@ class Live:
         self._checkpoint = self._files.enter_context(open_checkpoint(base))
         self._plans = Plans(self._checkpoint, cache)
         self._inside: dict[str, Key | None] = {}  # None: half-written, when something went wrong
-        self._homes: dict[str, Tensor] = {}
+        self._names: dict[str, str] = {}
+        self._homes: Mapping[str, Tensor] = {}
         self.path: dict[str, Digest] = {}
         self.written = 0
 
@@ -71,7 +72,7 @@ class Live:
             if self._inside.get(name, ()) != plan.keys.get(name, ())
         ]  # fmt: skip
         self._checkpoint.check_unchanged()
-        self._find(name for name in differing if name not in self._homes)
+        self._find(differing)
         try:
             self._write(Job(self._checkpoint.tensors[name], plan.changes.get(name)) for name in differing)
         except BaseException:
@@ -120,17 +121,18 @@ class Live:
             target = home[rows] if home.dim() else home
             target.copy_(block.view(target.shape))
 
-    def _find(self, names: Iterable[str]) -> None:
-        """Find the parameters of tensors that are written for the first time, and see that they hold the base."""
-        wanted = list(names)
-        if not wanted:
-            return
+    def _find(self, names: Sequence[str]) -> None:
+        """Find the parameters as they are now: a move to another device may have replaced them since.
+
+        Those that are written for the first time must hold the base.
+        """
         state = self._model.state_dict(keep_vars=True)
-        found = find_homes(wanted, state, "the checkpoint")
-        for name in wanted:
-            home = state[found[name]].detach()
-            _check_holds(self._checkpoint, self._checkpoint.tensors[name], home, found[name])
-            self._homes[name] = home
+        new = [name for name in names if name not in self._names]
+        found = find_homes(new, state, "the checkpoint") if new else {}
+        for name in new:
+            _check_holds(self._checkpoint, self._checkpoint.tensors[name], state[found[name]].detach(), found[name])
+        self._names |= found
+        self._homes = {name: state[called].detach() for name, called in self._names.items()}
 
 
 def _check_holds(checkpoint: Checkpoint, tensor: TensorAt, home: Tensor, called: str) -> None:

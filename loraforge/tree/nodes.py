@@ -34,6 +34,10 @@ class Cache:
             self._held.popitem(last=False)
         return self._held[digest][0]
 
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._held.clear()
+
     def __contains__(self, digest: Digest) -> bool:
         return digest in self._held
 

@@ -6,6 +6,7 @@ from loraforge_cli.describe import describe
 from loraforge_cli.options import SOURCE, Session, common, stored
 from loraforge_cli.output import emit, note, one_line, size
 from loraforge_cli.summary import line
+from loraforge_cli.tree_view import is_tree, print_tree, view
 from loraforge_registry.digest import Digest
 from loraforge_registry.names import RefName
 from loraforge_registry.paths import expand
@@ -22,7 +23,7 @@ from loraforge_registry.store import Store
 @click.option("--force", is_flag=True, help="Move a tag that means another adapter.")
 @common
 def command(session: Session, *, name: str, new: str | None, target: str | None, lineage: bool, force: bool) -> None:
-    """Write a stored adapter as a directory that PEFT loads, every byte checked; or get one from a remote.
+    """Write a stored adapter as a directory that PEFT loads; or get one from a remote. A tree is one for each path.
 
     URL is hf://ORG/REPO[@REVISION] or file:///DIR#NAME[:TAG]. Every byte is hashed, what a push would refuse is
     refused, and only what the store does not have is fetched. DIR must be new, empty, or hold this adapter already.
@@ -42,6 +43,9 @@ def command(session: Session, *, name: str, new: str | None, target: str | None,
         ref, digest, got = None, stored(store, name), {}
     if target is not None:
         store.export(digest, expand(target))
+    if is_tree(store, digest):
+        print_tree(session, view(store, digest), directory=target)
+        return
     described = describe(store, digest, ref)
     if session.as_json:
         emit({**described.as_json(), **got, **({"directory": target} if target is not None else {})})

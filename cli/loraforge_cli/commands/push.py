@@ -8,6 +8,7 @@ from loraforge_cli.describe import describe
 from loraforge_cli.options import SOURCE, Session, common, refuse_url
 from loraforge_cli.output import emit, note, one_line, size
 from loraforge_cli.summary import line
+from loraforge_cli.tree_view import is_tree, lines, view
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError
 from loraforge_registry.ingest import find_adapter, open_adapter
@@ -43,14 +44,14 @@ def command(session: Session, *, source: str, name: str | None, url: str | None,
     else:
         ref = _name(source) if name is None else RefName.parse(name)
         digest = _push(session, store, source, ref, force=force)
-    described = describe(store, digest, ref)
     sent: dict[str, object] = {}
     if url is not None:
         sent = _push_on(session, store, digest, ref, url, private=private, force=force)
+    tree = view(store, digest, ref) if is_tree(store, digest) else None
     if session.as_json:
-        emit({**described.as_json(), **sent})
+        emit({**(describe(store, digest, ref).as_json() if tree is None else tree.as_json()), **sent})
     else:
-        click.echo(line(described))
+        click.echo(line(describe(store, digest, ref)) if tree is None else "\n".join(lines(tree)))
         if url is not None:
             said = f"{size(int(str(sent['sent'])))} sent, {size(int(str(sent['skipped'])))} there already"
             click.echo(f"{one_line(str(sent['remote']))}  {said}")

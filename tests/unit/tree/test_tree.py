@@ -349,3 +349,15 @@ def test_another_base_is_refused(tree, tmp_path):
     save_file(a_base(torch.float16), other / "model.safetensors")
     with pytest.raises(ConflictError, match="another model"):
         lf.Tree.open(tree.registry, "t").base(other)
+
+
+def test_parameters_that_were_replaced_meanwhile_are_found_again(tree, tmp_path):
+    """``model.to`` gives a module other tensors; what is written to the old ones would reach nobody."""
+    model = Model(a_base())
+    with tree.live(model) as live:
+        live.checkout("french")
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        live.checkout("french/law")
+        same(held(model), merged(tree, "french/law", tmp_path / "merged"))
+    same(held(model), a_base())
