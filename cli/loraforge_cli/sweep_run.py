@@ -62,7 +62,7 @@ class _Keeper:
 
     def history(self, name: str) -> list[Metrics]:
         """Return all steps of an adapter, those before the run was resumed too."""
-        return [m for _, m in sorted({**_before(self.ready.sweep.run, name), **self.seen.get(name, {})}.items())]
+        return [m for _, m in sorted({**steps_before(self.ready.sweep.run, name), **self.seen.get(name, {})}.items())]
 
 
 def prepare_sweep(session: Session, sweep: Sweep) -> Ready:
@@ -113,7 +113,8 @@ def run_sweep(session: Session, ready: Ready, *, resume: bool, force: bool) -> N
 
 def _train(session: Session, keeper: _Keeper, *, resume: bool) -> Trained:
     ready, sweep = keeper.ready, keeper.ready.sweep
-    with interruptible(session) as interrupted, _progress(session, ready) as show, memory_named():
+    totals = {name: steps_of(ready, name) for name in ready.each}
+    with interruptible(session) as interrupted, steps_shown(session, totals) as show, memory_named():
 
         def on_step(name: str, metrics: Metrics) -> None:
             keeper.seen.setdefault(name, {})[metrics.step] = metrics
@@ -157,7 +158,7 @@ def _winners(ready: Ready, found: Trained, history: Mapping[str, Sequence[Metric
     return winners
 
 
-def _before(run: str | None, name: str) -> dict[int, Metrics]:
+def steps_before(run: str | None, name: str) -> dict[int, Metrics]:
     """The steps of an adapter that a run's metrics tell of."""
     path = None if run is None else Path(run).expanduser() / METRICS
     if path is None or not path.exists():
@@ -168,9 +169,8 @@ def _before(run: str | None, name: str) -> dict[int, Metrics]:
 
 
 @contextmanager
-def _progress(session: Session, ready: Ready) -> Iterator[Callable[[str, Metrics], None]]:
+def steps_shown(session: Session, totals: Mapping[str, int | None]) -> Iterator[Callable[[str, Metrics], None]]:
     """A bar of all steps on a terminal, else a line every so many steps; both on stderr."""
-    totals = {name: steps_of(ready, name) for name in ready.each}
 
     def log(name: str, metrics: Metrics) -> None:
         if metrics.step % _LOG_EVERY == 0 or metrics.step in (1, totals[name]) or metrics.eval_loss is not None:

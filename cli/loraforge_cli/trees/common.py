@@ -1,6 +1,6 @@
 """What the commands of a tree share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -32,6 +32,24 @@ def open_tree(session: Session, name: str) -> "Tree":
     return Tree.open(Registry(session.store_path), name)
 
 
+def print_nodes(session: Session, nodes: "Iterable[Node]") -> None:
+    """Print nodes as they come; for scripts one document, a list where they are several."""
+    found = []
+    for node in nodes:
+        found.append(node)
+        if not session.as_json:
+            print_node(session, node)
+    if session.as_json:
+        emit(_as_json(found[0]) if len(found) == 1 else [_as_json(node) for node in found])
+
+
+def _as_json(node: "Node") -> dict[str, object]:
+    from loraforge_cli.describe import describe
+
+    described = describe(node.tree.registry.store, node.digest)
+    return {**described.as_json(), "node": node.path, "tree": str(node.tree.digest)}
+
+
 def print_node(session: Session, node: "Node", **more: Any) -> None:  # noqa: ANN401 - of any JSON type
     """Print the node that an operation made."""
     from loraforge_cli.describe import describe
@@ -39,7 +57,7 @@ def print_node(session: Session, node: "Node", **more: Any) -> None:  # noqa: AN
 
     described = describe(node.tree.registry.store, node.digest)
     if session.as_json:
-        emit({**described.as_json(), "node": node.path, "tree": str(node.tree.digest), **more})
+        emit({**_as_json(node), **more})
         return
     click.echo(f"{node.path}  {line(described)}")
     error = (described.manifest.report or {}).get("error")

@@ -7,7 +7,7 @@ import click
 
 from loraforge_cli.options import Session, common
 from loraforge_cli.train_settings import read_settings, train_options
-from loraforge_cli.trees.common import base_option, open_tree, print_node, tree_argument
+from loraforge_cli.trees.common import base_option, open_tree, print_nodes, tree_argument
 
 _OWN = ("base", "parent", "as", "data")
 
@@ -20,6 +20,7 @@ _OWN = ("base", "parent", "as", "data")
 @base_option
 @partial(train_options, without=_OWN)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --run, to the same bits.")
+@click.option("--in-turns", is_flag=True, help="Siblings one after the other, each to the bit what it is alone.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and show the first sample; train nothing.")
 @common
 def command(
@@ -31,10 +32,11 @@ def command(
     settings: str | None,
     base: str | None,
     resume: bool,
+    in_turns: bool,
     dry_run: bool,
     **flags: Any,  # noqa: ANN401 - one for each flag
 ) -> None:
-    """Train NODE atop the weights of its parent, and put it into the tree; with several NODEs one after the other.
+    """Train NODE atop the weights of its parent, and put it into the tree; siblings at once, on one base.
 
     \b
     loraforge tree grow law-tree french --data french.jsonl
@@ -50,24 +52,20 @@ def command(
         raise click.UsageError("--resume goes on from checkpoints: say where they are, --run DIR")
     opened = open_tree(session, tree)
     from loraforge_cli.train_ranks import joined
-    from loraforge_cli.tree_grow import Growth, beside, grow_one, show
+    from loraforge_cli.tree_grow import Growth, grow, show
 
     _check_places(opened.check_moves().nodes, nodes)
     place = str(opened.base(base))
     every = data * len(nodes) if len(data) == 1 else data
     growths = [
-        Growth(
-            path, beside(read_settings(settings, {**flags, "base": place, "data": file}), path, alone=len(nodes) == 1)
-        )
+        Growth(path, read_settings(settings, {**flags, "base": place, "data": file}))
         for path, file in zip(nodes, every, strict=True)
     ]
     if dry_run:
         show(session, opened, growths[0])
         return
     with joined(session) as mine:
-        for growth in growths:
-            node = grow_one(mine, opened, growth, resume=resume)
-            print_node(mine, node)
+        print_nodes(mine, grow(mine, opened, growths, resume=resume, in_turns=in_turns))
 
 
 def _check_places(known: Any, nodes: tuple[str, ...]) -> None:  # noqa: ANN401 - a mapping
