@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from urllib.parse import urljoin, urlsplit
 
 from loraforge_registry import strict_json
@@ -145,8 +146,11 @@ class Client:
 
     def _next(self, url: str, location: str) -> str:
         """Where a redirect leads: never to another kind of URL, never from TLS to none."""
-        target = urljoin(url, location)
-        scheme = urlsplit(target).scheme
+        try:
+            target = urljoin(url, location)
+            scheme = urlsplit(target).scheme
+        except ValueError as error:
+            raise RemoteError(f"{self.host} redirects to what is no address") from error
         if not location or scheme not in ("http", "https") or (urlsplit(url).scheme == "https" and scheme != "https"):
             raise RemoteError(f"{self.host} redirects to {self.clean(repr(scheme))}, which is not followed")
         return target
@@ -239,6 +243,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
+@cache
 def _opener() -> urllib.request.OpenerDirector:
     """HTTP and nothing else: no file:, no redirect that is followed unseen; proxies as the environment says."""
     opener = urllib.request.OpenerDirector()

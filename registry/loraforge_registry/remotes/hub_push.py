@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ def _wanted(
         readme = card(remote.address.repo, digest, manifest, store.layout(manifest))
     else:
         text = store.read_file(own, MAX_README)
+        _check_text(text)
         readme = with_front_matter(text, manifest)
         if lacks_base(readme, manifest):
             notes.append("README.md does not name base_model, so the Hub will not list the adapter under its base")
@@ -162,6 +164,13 @@ def _wanted(
     git = {path: git_id([data], len(data)) for path, data in wanted.items()}
     wanted[RECORD_FILE] = encode_record(Record(digest, manifest, git))
     return wanted
+
+
+def _check_text(readme: bytes) -> None:
+    try:
+        readme.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"its README.md is not UTF-8 at byte {error.start}, which the Hub does not take") from error
 
 
 def _may_write_readme(
@@ -273,15 +282,13 @@ def _client(remote: HubRemote) -> Iterator[HfApi]:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        yield HfApi(endpoint=remote.client.endpoint, token=remote.client.token)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of its own calls
+            yield HfApi(endpoint=remote.client.endpoint, token=remote.client.token)
     except LoraforgeError:
         raise
-    except HfHubHTTPError as error:
-        raise _said(remote, error) from None
     except _failures() as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        reason = remote.client.clean(reason.partition("\n")[0]) or type(error).__name__
-        raise RemoteError(f"{remote.address}: {reason}; run it again, it sends only what is missing") from None
+        raise _said(remote, error) from None
     finally:
         logger.setLevel(level)
         if not bars:
@@ -289,12 +296,18 @@ def _client(remote: HubRemote) -> Iterator[HfApi]:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What the hub's client raises where no answer comes; httpx's errors, or requests', by the base of its own."""
+    """What the hub's client raises where it is refused or gets no answer; its errors' base is httpx's, or requests'."""
     found = [base for base in HfHubHTTPError.__mro__ if base.__name__ in ("HTTPError", "RequestException")]
-    return OSError, ValueError, *(base for base in found if issubclass(base, Exception))
+    return OSError, ValueError, RuntimeError, *(base for base in found if issubclass(base, Exception))
 
 
-def _said(remote: HubRemote, error: HfHubHTTPError) -> LoraforgeError:
+def _said(remote: HubRemote, error: BaseException) -> LoraforgeError:
+    if not isinstance(error, HfHubHTTPError):
+        if isinstance(error.__cause__, _failures()):
+            return _said(remote, error.__cause__)  # "error while uploading" from the reason
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        reason = remote.client.clean(" ".join(reason.split())) or type(error).__name__
+        return RemoteError(f"{remote.address}: {reason}; run it again, it sends only what is missing")
     response = error.response
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
     message = remote.client.clean((error.server_message or "").replace("\n", " "))

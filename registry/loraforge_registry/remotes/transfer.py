@@ -8,9 +8,10 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from shutil import disk_usage
 
-from loraforge_registry.config import MAX_BYTES
+from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, DigestMismatchError, FormatError, InputOutputError, RemoteError
 from loraforge_registry.git import git_id
@@ -129,7 +130,7 @@ class _Transfer:
 
     def _check_space(self, offer: Offer) -> None:
         """Refuse what cannot fit, before a stranger's number fills the disk."""
-        wanted, free = sum(file.size for file in offer.files), disk_usage(self._store.path).free
+        wanted, free = sum(file.size for file in offer.files), _free(self._store.path)
         if wanted > free:
             number = errno.ENOSPC
             raise InputOutputError(number, f"{offer.where}: {wanted} bytes; {self._store.path} has room for {free}")
@@ -139,6 +140,7 @@ class _Transfer:
         weights = offer.file(WEIGHTS_FILE)
         if config is None or weights is None:
             raise FormatError(f"no {CONFIG_FILE} beside {WEIGHTS_FILE}")
+        parse_config(config)  # before a byte of the weights is asked for
         header, chunks = _header(chunks, weights.size)
         return Incoming(config, header, chunks, readme, weights.digest)
 
@@ -176,6 +178,11 @@ class _Transfer:
         """Git's id of a file says which one it is, if the artifact that has the name already holds the same."""
         same = (known for known in self._known if known.path == file.path and known.size == file.size)
         return next((k.digest for k in same if git_id(self._store.chunks(k), k.size) == file.git_id), None)
+
+
+def _free(path: Path) -> int:
+    """The bytes that still fit where a store is, or will be."""
+    return disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
 
 
 def _header(chunks: Iterable[Buffer], size: int) -> tuple[Header, Iterator[Buffer]]:
