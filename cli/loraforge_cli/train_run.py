@@ -34,6 +34,7 @@ from loraforge_cli.sources import store_sources
 from loraforge_cli.summary import line
 from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer, untrained
 from loraforge_cli.train_parent import Parent, load_atop, open_parent
+from loraforge_cli.train_plot import board, check_plot, draw
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
 from loraforge_registry.manifest import Derivation
@@ -58,6 +59,8 @@ class Prepared:
 
 def prepare(session: Session, settings: TrainSettings) -> Prepared:
     """Read data, parent and base, and put them together."""
+    if settings.plot is not None:
+        check_plot(Path(settings.plot).expanduser())
     files, valid_file = _files(settings)
     if valid_file is not None and settings.val_split:
         raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
@@ -186,11 +189,13 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
     inputs = _inputs(prepared)
     seen: list[Metrics] = []
     total = make_plan(prepared.loader, settings.config).total
-    with _interruptible(session) as interrupted, _progress(session, total) as show_step:
+    folder = settings.tensorboard if ranks.rank() == 0 else None
+    with _interruptible(session) as interrupted, _progress(session, total) as show_step, board(folder) as write:
 
         def on_step(metrics: Metrics) -> None:
             seen.append(metrics)
             show_step(metrics)
+            write(metrics)
 
         with _memory_named():
             adapter = train(
@@ -204,11 +209,14 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
                 on_step=on_step,
                 should_stop=interrupted,
             )
+    steps = _history(settings, seen) if ranks.rank() == 0 else []
+    if settings.plot is not None and steps:
+        draw(steps, Path(settings.plot).expanduser(), str(name))
     if interrupted() and seen and seen[-1].step != total:
         _say_how_to_go_on(settings, seen[-1].step)
     if ranks.rank() > 0:
         return
-    parent, report = prepared.parent, _report(_history(settings, seen))
+    parent, report = prepared.parent, _report(steps)
     start = None if parent is None else parent.adapter
     derivation = trained(settings.config, inputs, start, version=loraforge.__version__)
     described = _store(registry, parent, adapter, derivation, report, name, force=force)
