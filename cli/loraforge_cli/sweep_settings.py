@@ -29,7 +29,20 @@ if TYPE_CHECKING:
 
 _OWN = frozenset({"adapters", "grid", "halving", "at_once"})
 _OF_ALL = frozenset(
-    {"as", "base", "parent", "run", "device", "precision", "grad_checkpoint", "compile", "save_every", "keep"}
+    {
+        "as",
+        "base",
+        "parent",
+        "run",
+        "device",
+        "precision",
+        "grad_checkpoint",
+        "compile",
+        "save_every",
+        "keep",
+        "plot",
+        "tensorboard",
+    }
 )
 """Settings that are of the model or of the whole run."""
 _MOST = 1000
@@ -72,6 +85,9 @@ def read_sweep(yaml_file: str, flags: Mapping[str, Any]) -> Sweep:
     document = read_document(path)
     own = {str(key): value for key, value in document.items() if key in _OWN and value is not None}
     common = {**converted(path, {k: v for k, v in document.items() if k not in _OWN}), **given}
+    for name in ("plot", "tensorboard"):
+        if name in common:
+            raise click.UsageError(f"{path}: {name} shows one run, and these are several: leave it out")
     grid = _grid(path, own.get("grid", {}))
     for name in grid.keys() & given.keys():
         raise click.UsageError(f"{name} is in the grid of {path}: leave --{name.replace('_', '-')} out")

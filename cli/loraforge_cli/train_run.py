@@ -34,6 +34,7 @@ from loraforge_cli.sources import store_sources
 from loraforge_cli.summary import line
 from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer, untrained
 from loraforge_cli.train_parent import Parent, load_atop, open_parent
+from loraforge_cli.train_plot import board, check_plot, draw
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
@@ -64,6 +65,8 @@ def prepare(
 
     ``beside`` has parent and base already.
     """
+    if settings.plot is not None:
+        check_plot(Path(settings.plot).expanduser())
     files, valid_file = _files(settings)
     if valid_file is not None and settings.val_split:
         raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
@@ -197,7 +200,7 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
     """Train, store, and print what was made."""
     registry = Registry(session.store_path)
     check_free(registry, name, force=force)
-    made = train_once(session, prepared, resume=resume)
+    made = train_once(session, prepared, str(name), resume=resume)
     if ranks.rank() > 0:
         return
     described = store_trained(registry, prepared.parent, made, name, force=force)
@@ -207,19 +210,21 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
         click.echo(line(described))
 
 
-def train_once(session: Session, prepared: Prepared, *, resume: bool) -> RunResult:
-    """Train, and show how it goes; nothing is stored."""
+def train_once(session: Session, prepared: Prepared, title: str, *, resume: bool) -> RunResult:
+    """Train, and show how it goes, ``title`` above its picture; nothing is stored."""
     settings, counted = prepared.settings, prepared.counted
     if counted.truncated or counted.skipped:
         note(f"data: {data_line(counted)}", quiet=session.quiet)
     inputs = inputs_of(prepared, base_digest(settings.base))
     seen: list[Metrics] = []
     total = make_plan(prepared.loader, settings.config).total
-    with interruptible(session) as interrupted, _progress(session, total) as show_step:
+    folder = settings.tensorboard if ranks.rank() == 0 else None
+    with interruptible(session) as interrupted, _progress(session, total) as show_step, board(folder) as write:
 
         def on_step(metrics: Metrics) -> None:
             seen.append(metrics)
             show_step(metrics)
+            write(metrics)
 
         with memory_named():
             adapter = train(
@@ -233,11 +238,14 @@ def train_once(session: Session, prepared: Prepared, *, resume: bool) -> RunResu
                 on_step=on_step,
                 should_stop=interrupted,
             )
+    steps = _history(settings, seen) if ranks.rank() == 0 else []
+    if settings.plot is not None and steps:
+        draw(steps, Path(settings.plot).expanduser(), title)
     if interrupted() and seen and seen[-1].step != total:
         _say_how_to_go_on(settings, seen[-1].step)
     start = None if prepared.parent is None else prepared.parent.adapter
     derivation = trained(settings.config, inputs, start, version=loraforge.__version__)
-    return RunResult(adapter, derivation, report_of(_history(settings, seen)) if ranks.rank() == 0 else {})
+    return RunResult(adapter, derivation, report_of(steps) if steps else {})
 
 
 def store_trained(

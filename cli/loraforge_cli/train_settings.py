@@ -35,6 +35,8 @@ FLAGS: Mapping[str, Flag] = {
     "val_split": Flag(float, "The share of the data to evaluate on.", own=True),
     "as": Flag(str, "What to call the adapter.", own=True, metavar="NAME[:TAG]"),
     "run": Flag(str, "Keep checkpoints and metrics here.", own=True, metavar="DIR"),
+    "plot": Flag(str, "Draw loss, rate and gradient norm into this .png or .svg at the end.", own=True, metavar="FILE"),
+    "tensorboard": Flag(str, "Write TensorBoard's files here, if it is installed.", own=True, metavar="DIR"),
     "rank": Flag(int, "The rank of the updates (8)."),
     "alpha": Flag(float, "alpha (twice the rank)."),
     "targets": Flag(str, "all-linear, attention, names with commas, or a regular expression.", metavar="WHICH"),
@@ -88,6 +90,8 @@ class TrainSettings:
     name: str | None = None
     parent: str | None = None
     run: str | None = None
+    plot: str | None = None
+    tensorboard: str | None = None
     valid: Path | None = None
     val_split: float = 0.0
     said: Mapping[str, Any] = field(default_factory=dict)
@@ -154,6 +158,8 @@ def check_settings(said: Mapping[str, Any]) -> TrainSettings:
         name=said.get("as"),
         parent=said.get("parent"),
         run=said.get("run"),
+        plot=said.get("plot"),
+        tensorboard=said.get("tensorboard"),
         valid=Path(said["valid"]) if "valid" in said else None,
         val_split=said.get("val_split", 0.0),
         said=said,

@@ -67,7 +67,7 @@ def grow_one(session: Session, tree: Tree, growth: Growth, *, resume: bool) -> N
     record = tree.check_free(growth.path)
     _check_plain(record, growth)
     prepared = prepare(session, growth.settings, parent=_parent(tree, record, growth.path))
-    made = train_once(session, prepared, resume=resume)
+    made = train_once(session, prepared, growth.path, resume=resume)
     if ranks.rank() > 0:
         return Node(tree, growth.path, record.base)
     with tree.registry.store.session():

@@ -510,3 +510,42 @@ def test_an_ending_that_the_base_cannot_say_is_named(spoken, data, run, tmp_path
     with_head = run(*command, tmp_path / "base", "--modules-to-save", "lm_head", "--json")
     assert "never trained" not in with_head.err
     assert with_head.json["trainable"] > 16 * 32
+
+
+def test_a_picture_of_a_run_is_drawn(base, data, run, tmp_path):
+    command = ("train", "--base", base, "--data", data, "--as", "up", "--max-steps", "4", "--val-split", "0.2")
+    for picture, start in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml")):
+        done = run(*command, "--plot", tmp_path / picture)
+        assert done.code == 0, done.err
+        assert (tmp_path / picture).read_bytes().startswith(start)
+    text = (tmp_path / "b.svg").read_text()
+    labels = ("up:latest", "loss", "learning rate", "gradient norm", "step", "training", "evaluation")
+    assert [label for label in labels if f"<!-- {label} -->" not in text] == []
+    assert "'.doc'; expected .png or .svg" in run(*command, "--plot", tmp_path / "a.doc").err
+    assert "there is no directory" in run(*command, "--plot", tmp_path / "none" / "a.png").err
+
+
+@pytest.mark.parametrize(
+    ("flag", "module", "what"),
+    [
+        ("--plot", "matplotlib", "pip install 'loraforge[plot]'"),
+        ("--tensorboard", "tensorboard", "pip install tensorboard"),
+    ],
+)
+def test_what_must_be_there_is_said_before_the_training(flag, module, what, base, data, run, tmp_path, monkeypatch):  # noqa: PLR0917 - fixtures
+    for name in [name for name in sys.modules if name.split(".")[0] == module or name.startswith("torch.utils.tens")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    done = run("train", "--base", base, "--data", data, "--as", "x:v1", flag, tmp_path / "a.png")
+    assert (done.code, done.out) == (2, "")
+    assert what in done.err
+    assert "step 1" not in done.err
+
+
+def test_grouped_by_length_from_yaml(base, data, run, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"base: {base}\ndata: {data}\nas: up\ngroup-by-length: true\nmax-steps: 2\n")
+    done = run("train", tmp_path / "run.yaml", "--json")
+    assert done.code == 0, done.err
+    assert done.json["derivation"]["parameters"]["group_by_length"] is True
+    plain = run("train", tmp_path / "run.yaml", "--no-group-by-length", "--json")
+    assert plain.json["digest"] != done.json["digest"]

@@ -9,7 +9,7 @@ from loraforge_cli.options import Session, common
 from loraforge_cli.train_settings import read_settings, train_options
 from loraforge_cli.trees.common import base_option, open_tree, print_nodes, tree_argument
 
-_OWN = ("base", "parent", "as", "data")
+_OWN = ("base", "parent", "as", "data", "plot", "tensorboard")
 
 
 @click.command("grow")
