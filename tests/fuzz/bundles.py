@@ -12,10 +12,18 @@ from loraforge_registry.bundle import MAGIC, read_bundle
 from loraforge_registry.errors import FormatError
 from loraforge_registry.header import header_length, parse_header
 from loraforge_registry.ingest import Incoming, examine
-from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, decode_manifest, encode_manifest
+from loraforge_registry.manifest import (
+    CONFIG_FILE,
+    README_FILE,
+    WEIGHTS_FILE,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from loraforge_registry.trees import TreeRecord, encode_tree
 from tests.fuzz.mutators import (
-    MANIFEST_KEYS,
     MSGPACK_LEAVES,
+    RECORD_KEYS,
     Blindly,
     Mutator,
     Pairs,
@@ -46,11 +54,17 @@ def bundle(data: bytes) -> str:
     for digest, contents in objects.items():
         assert sha256(contents).digest() == digest, "an object under another's digest"
     assert {digest.raw for digest in found.entries} == set(objects)
-    for digest, made in found.manifests.items():
-        files = {file.path: objects[file.digest.raw] for file in made.files}
-        assert decode_manifest(true_manifest(files)).content_id == made.content_id
-        assert objects[digest.raw] == encode_manifest(made)
-    return f"accepted, {len(found.manifests)} artifacts"
+    for digest, made in found.records.items():
+        if isinstance(made, TreeRecord):
+            assert objects[digest.raw] == encode_tree(made)
+            assert set(made.needs) <= set(found.records), "a tree without one of its nodes"
+        else:
+            assert isinstance(made, Manifest)
+            assert objects[digest.raw] == encode_manifest(made)
+            files = {file.path: objects[file.digest.raw] for file in made.files}
+            assert decode_manifest(true_manifest(files)).content_id == made.content_id
+    trees = sum(isinstance(made, TreeRecord) for made in found.records.values())
+    return f"accepted, {len(found.records) - trees} artifacts, {trees} trees"
 
 
 def _in_memory(data: bytes) -> int:
@@ -133,8 +147,8 @@ def _with_another_artifact(fields, objects: Objects, generator, blindly: Blindly
     manifests = {digest: objects[digest] for digest, _ in fields["manifests"]}
     blobs = {digest: objects[digest] for digest, _ in fields["blobs"]}
     old = generator.choice(sorted(manifests))
-    if generator.random() < 0.4:
-        new = write_msgpack(change(read_msgpack(manifests[old]), generator, MSGPACK_LEAVES, MANIFEST_KEYS))
+    if "files" not in dict(read_msgpack(manifests[old])) or generator.random() < 0.4:
+        new = write_msgpack(change(read_msgpack(manifests[old]), generator, MSGPACK_LEAVES, RECORD_KEYS))
     else:
         new = _with_another_file(read_msgpack(manifests[old]), blobs, generator, blindly, config)
     del manifests[old]
@@ -166,5 +180,5 @@ def _with_another_file(manifest: Pairs, blobs: Objects, generator, blindly: Blin
         return write_msgpack(manifest)
 
 
-def _files(manifest: Pairs) -> list[dict[str, Any]]:
-    return [dict(row) for row in dict(manifest)["files"]]
+def _files(record: Pairs) -> list[dict[str, Any]]:
+    return [dict(row) for row in dict(record).get("files", ())]

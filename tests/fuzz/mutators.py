@@ -277,6 +277,6 @@ def words(choices: list[bytes], *, finish: Callable[[bytes], bytes] | None = Non
     return mutate
 
 
-MANIFEST_KEYS = ["schema", "base", "content_id", "derivation", "files", "report", "tensors", "name", "revision", "path",
+RECORD_KEYS = ["schema", "base", "content_id", "derivation", "files", "report", "tensors", "name", "revision", "path",
                  "digest", "size", "operation", "version", "parameters", "inputs", "weight", "artifact", "targets",
-                 "error", ""]  # fmt: skip
+                 "error", "nodes", "q", "q/q", "q/v", ""]  # fmt: skip

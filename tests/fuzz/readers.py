@@ -24,8 +24,11 @@ from loraforge_registry.errors import (
     StoreError,
 )
 from loraforge_registry.header import encode_header, header_length, parse_header
-from loraforge_registry.manifest import decode_manifest, encode_manifest
+from loraforge_registry.manifest import Manifest, encode_manifest
 from loraforge_registry.names import Reference, RefName
+from loraforge_registry.records import decode_record
+from loraforge_registry.remotes import record as hub_record
+from loraforge_registry.trees import TreeRecord, encode_tree, parent_path
 from tests.fuzz import peers
 
 
@@ -109,16 +112,31 @@ def codec(data: bytes) -> str:
     return "accepted"
 
 
-def manifest(data: bytes) -> str:
+def record(data: bytes) -> str:
     try:
-        found = decode_manifest(data)
+        found = decode_record(data)
     except ManifestError as error:
         return refused(error)
+    assert len({*found.blobs, *found.needs, *found.lineage}) <= len(data) // 32, "more digests than there is room for"
+    if isinstance(found, TreeRecord):
+        assert encode_tree(found) == data, "another spelling of the same tree"
+        assert all(parent_path(path) in (None, *found.nodes) for path in found.nodes)
+        return "a tree"
+    assert isinstance(found, Manifest)
     assert encode_manifest(found) == data, "another spelling of the same manifest"
     if found.derivation is not None:
-        found.derivation.artifacts()
         found.derivation.located({})
-    return f"accepted, {'with' if found.derivation else 'without'} a derivation"
+    return f"a manifest, {'with' if found.derivation else 'without'} a derivation"
+
+
+def hub(data: bytes) -> str:
+    try:
+        found = hub_record.decode_record(data)
+    except FormatError as error:
+        return refused(error)
+    assert Digest.of(encode_manifest(found.manifest)) == found.digest, "another artifact's description"
+    assert hub_record.decode_record(hub_record.encode_record(found)) == found
+    return "accepted"
 
 
 # --- refs and names -------------------------------------------------------------------------------------------------

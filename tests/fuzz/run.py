@@ -17,13 +17,14 @@ import atheris
 COUNTED = {
     "header": ("header", "strict_json"),
     "codec": ("canonical",),
-    "manifest": ("manifest",),
+    "record": ("manifest", "trees", "fields"),
+    "hub": ("remotes.record",),
     "ref": ("refs", "names", "digest"),
     "names": ("names", "digest"),
     "strict_json": ("strict_json",),
     "config": ("config",),
     "pattern": ("patterns",),
-    "bundle": ("bundle", "ingest"),
+    "bundle": ("bundle", "ingest", "trees"),
 }
 with atheris.instrument_imports(include=[f"loraforge_registry.{module}" for module in COUNTED[sys.argv[1]]]):
     from tests.fuzz import targets

@@ -1,9 +1,15 @@
 """The fuzz targets: for each reader of strangers' bytes, what judges it, and what changes its input."""
 
+import json
+import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from loraforge_registry import canonical
+from loraforge_registry.digest import Digest
+from loraforge_registry.errors import FormatError
+from loraforge_registry.remotes import record as hub_record
 from tests.fuzz import bundles, mutators, patterns, readers
 from tests.fuzz.mutators import Mutator, Token, json_mutator, msgpack_mutator, words
 
@@ -28,8 +34,33 @@ CONFIG_KEYS = ["peft_type", "r", "lora_alpha", "target_modules", "exclude_module
 CONFIG_LEAVES = [*mutators.JSON_LEAVES, "LORA", "q", "v", "all-linear", "none", "all", "lora_only", "pissa", "olora",
                  "pissa_niter_4", "gaussian", "loftq", *map(Token, ("1e-12", "1e12", "1000000", "2147483648")),
                  ["q", "v"], [Token("1"), Token("0")]]  # fmt: skip
+RECORD = msgpack_mutator(mutators.RECORD_KEYS)
 JSON = json_mutator(mutators.JSON_LEAVES, ["", "a", "\ud800"])
 CONFIG = json_mutator(CONFIG_LEAVES, CONFIG_KEYS)
+HUB_KEYS = [
+    *mutators.RECORD_KEYS,
+    "manifest",
+    "parents",
+    "git",
+    "dtype",
+    "data_offsets",
+    "adapter_config.json",
+    "README.md",
+]
+HUB = json_mutator([*mutators.JSON_LEAVES, f"sha256:{'0' * 64}", f"blake3:{'0' * 64}", "F32", "0" * 40], HUB_KEYS)
+
+
+def hub_mutator(data: bytes, generator: random.Random, blindly: mutators.Blindly) -> bytes:
+    """Change a loraforge.json; mostly it names what it describes afterwards."""
+    changed = HUB(data, generator, blindly)
+    try:
+        fields = json.loads(changed)
+        described = Digest.of(canonical.encode(hub_record._manifest(fields)))
+    except (FormatError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return changed
+    if generator.random() < 0.2:
+        return changed
+    return json.dumps({**fields, "digest": str(described)}).encode()
 
 
 @dataclass(frozen=True)
@@ -53,7 +84,8 @@ def _with_checksums(data: bytes) -> bytes:
 TARGETS: dict[str, Target] = {
     "header": Target(readers.header, mutators.header, 4096, ("header",)),
     "codec": Target(readers.codec, msgpack_mutator(["", "a", "b", "é", 1, None, b"a"]), 1024, ("canonical",)),
-    "manifest": Target(readers.manifest, msgpack_mutator(mutators.MANIFEST_KEYS), 4096, ("manifest",)),
+    "record": Target(readers.record, RECORD, 2048, ("manifest", "trees", "fields")),
+    "hub": Target(readers.hub, hub_mutator, 4096, ("remotes.record",)),
     "ref": Target(readers.ref, words(REF_WORDS, finish=_with_checksums), 1024, ("refs",)),
     "names": Target(readers.names, words(NAME_WORDS), 256, ("names", "digest")),
     "strict_json": Target(readers.strict, JSON, 4096, ("strict_json",)),
