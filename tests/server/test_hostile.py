@@ -251,7 +251,8 @@ def test_no_list_is_longer_than_a_page(server, alice, query):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"key":"file"}', b'{"key":"header","value":[]}', b'{"key":"x","value":{}}',
+    [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"key":"file"}', b'{"key":"header","value":[]}',
+     b'{"key":"x","value":{}}',
      b'{"key":"file","value":{"path":"a","content":"%%%","encoding":"base64"}}',
      b'{"key":"lfsFile","value":{"path":"a","oid":"../../etc/passwd"}}', b"null\n" * 1000],
     ids=lambda body: repr(body)[:24],
