@@ -1,7 +1,8 @@
 # make demo    see it work, offline, in about a minute
 # make test    everything CI runs: ruff, mypy, import-linter, pytest
 # make bench   every benchmark, each against a peer in the same run
-# make torture the store's crash, power-cut, race and bit harnesses at full length (half an hour); SEED=7 for others
+# make torture the store's crash, power-cut, race and bit harnesses at full length (half an hour), then every reader of
+#              strangers' bytes under a fuzzer (hours); SEED=7 for others, RUNS=100000 for fewer executions a reader
 # make matrix  load what we write with PEFT 0.14 to 0.21
 # make hub-matrix  huggingface_hub 0.36 to the newest, with Xet and without, against our server
 PYTHON ?= python3
@@ -12,6 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test bench torture matrix hub-matrix clean
 SEED ?= 1
+RUNS ?= 10000000
 
 demo: $(SET_UP)
 	@$(BIN)/loraforge demo
@@ -29,6 +31,8 @@ bench: $(SET_UP)
 torture: $(SET_UP)
 	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.crash.store_torture --seed $(SEED)
 	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.crash.server_storm --seconds 300 --seed $(SEED)
+	-@$(PIP) atheris
+	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.fuzz.torture --seed $(SEED) --runs $(RUNS)
 
 matrix: $(SET_UP)
 	$(BIN)/python tests/conformance/matrix.py

@@ -14,6 +14,7 @@ Importing this package imports neither torch nor anything else that is slow; nam
 import importlib
 from typing import TYPE_CHECKING
 
+from loraforge.version import __version__
 from loraforge_registry.errors import LoraforgeError
 
 if TYPE_CHECKING:
@@ -23,32 +24,51 @@ if TYPE_CHECKING:
     from loraforge.checkpoint.merge import merge, preview_merge, unmerge
     from loraforge.checkpoint.result import MergeResult
     from loraforge.checkpoint.verify import VerifyReport, verify_merge
-    from loraforge.compose import METHODS, Reranked, RerankReport, TargetReport, linear, rerank, stack
+    from loraforge.compose import (
+        METHODS,
+        Explanation,
+        Reranked,
+        RerankReport,
+        TargetReport,
+        linear,
+        rerank,
+        select,
+        stack,
+    )
     from loraforge.formats.peft import save
     from loraforge.layers import Injected, LoraConfig, attach, inject
+    from loraforge.recipe import Rebuilt, Recipe, explain, rebuild
     from loraforge.registry import Registry, load
-    from loraforge.training import Metrics, TrainConfig, train
-
-__version__ = "0.1.0"
+    from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
+    from loraforge.tree import Node, Tree
 
 _HOMES = {
     "Adapter": "loraforge.adapter",
     "BaseModel": "loraforge.adapter",
+    "Explanation": "loraforge.compose",
     "Extracted": "loraforge.checkpoint.extract",
+    "Halving": "loraforge.training",
     "Injected": "loraforge.layers",
     "LoraConfig": "loraforge.layers",
     "LowRank": "loraforge.adapter",
     "METHODS": "loraforge.compose",
     "Metrics": "loraforge.training",
+    "Member": "loraforge.training",
     "MergeResult": "loraforge.checkpoint.result",
+    "Node": "loraforge.tree",
+    "Rebuilt": "loraforge.recipe",
+    "Recipe": "loraforge.recipe",
     "Registry": "loraforge.registry",
     "RerankReport": "loraforge.compose",
     "Reranked": "loraforge.compose",
     "TargetReport": "loraforge.compose",
     "TrainConfig": "loraforge.training",
+    "Trained": "loraforge.training",
+    "Tree": "loraforge.tree",
     "VerifyReport": "loraforge.checkpoint.verify",
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
+    "explain": "loraforge.recipe",
     "extract": "loraforge.checkpoint.extract",
     "inject": "loraforge.layers",
     "linear": "loraforge.compose",
@@ -56,10 +76,13 @@ _HOMES = {
     "merge": "loraforge.checkpoint.merge",
     "merge_in_place": "loraforge.checkpoint.inplace",
     "preview_merge": "loraforge.checkpoint.merge",
+    "rebuild": "loraforge.recipe",
     "rerank": "loraforge.compose",
     "save": "loraforge.formats.peft",
+    "select": "loraforge.compose",
     "stack": "loraforge.compose",
     "train": "loraforge.training",
+    "train_many": "loraforge.training",
     "unmerge": "loraforge.checkpoint.merge",
     "unmerge_in_place": "loraforge.checkpoint.inplace",
     "verify_merge": "loraforge.checkpoint.verify",
@@ -69,22 +92,31 @@ __all__ = [
     "METHODS",
     "Adapter",
     "BaseModel",
+    "Explanation",
     "Extracted",
+    "Halving",
     "Injected",
     "LoraConfig",
     "LoraforgeError",
     "LowRank",
+    "Member",
     "MergeResult",
     "Metrics",
+    "Node",
+    "Rebuilt",
+    "Recipe",
     "Registry",
     "RerankReport",
     "Reranked",
     "TargetReport",
     "TrainConfig",
+    "Trained",
+    "Tree",
     "VerifyReport",
     "__version__",
     "attach",
     "content_id",
+    "explain",
     "extract",
     "inject",
     "linear",
@@ -92,10 +124,13 @@ __all__ = [
     "merge",
     "merge_in_place",
     "preview_merge",
+    "rebuild",
     "rerank",
     "save",
+    "select",
     "stack",
     "train",
+    "train_many",
     "unmerge",
     "unmerge_in_place",
     "verify_merge",

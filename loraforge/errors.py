@@ -2,6 +2,8 @@
 
 LoraforgeError
 |-- CompositionError (ValueError)      adapters that cannot be combined as asked
+|-- FormatError
+|   `-- RecipeError                    a recipe or its lock; the message begins with file, line and column
 |-- TargetError (ValueError)           modules that cannot be adapted as asked
 |-- TrainingError (RuntimeError)       a run that cannot start, or must not go on
 `-- NumericalError (ArithmeticError)   NaN or infinity among the numbers
@@ -33,6 +35,7 @@ __all__ = [
     "ManifestError",
     "NotFoundError",
     "NumericalError",
+    "RecipeError",
     "ReferenceSyntaxError",
     "StoreError",
     "TargetError",
@@ -44,6 +47,10 @@ class CompositionError(LoraforgeError, ValueError):
     """Adapters that cannot be combined as asked; the message says why, and what to do."""
 
     kind = "cannot_compose"
+
+
+class RecipeError(FormatError):
+    """A recipe that is none, or cannot be followed; the message begins with file, line and column."""
 
 
 class TargetError(LoraforgeError, ValueError):

@@ -95,6 +95,19 @@ def norm(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.matrix_norm(_r_factor(_qr(_work(b))) @ _r_factor(_qr(_work(a).T)).T))
 
 
+def inner(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> float:
+    """Return the Frobenius inner product of ``b1 @ a1`` and ``b2 @ a2``.
+
+    Equation: ``<B1 A1, B2 A2> = sum_ij (B1^T B2)_ij (A1 A2^T)_ij``.
+
+    Shapes: a1 (r1, n), b1 (m, r1), a2 (r2, n), b2 (m, r2).
+    Cost: O((m + n) r1 r2); the (m, n) products are never formed.
+    """
+    a1, b1 = _work(a1), _work(b1)
+    a2, b2 = _work(a2).to(a1.device), _work(b2).to(b1.device)
+    return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
+
+
 def _work(tensor: Tensor) -> Tensor:
     if tensor.device.type == "mps":  # has no float64
         tensor = tensor.cpu()

@@ -7,14 +7,15 @@ from loraforge.compose import Reranked
 from loraforge.formats import peft
 from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import ConflictError, FormatError, StoreError
-from loraforge_registry.files import read_chunks
+from loraforge_registry.errors import ConflictError, FormatError, ReferenceSyntaxError, StoreError
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.ingest import TensorHasher, open_adapter
 from loraforge_registry.manifest import CONFIG_FILE, Artifact, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.paths import AnyPath, expand, is_path
+from loraforge_registry.remotes import is_url, open_remote, receive
 from loraforge_registry.store import Named, Store
+from loraforge_registry.system import read_chunks
 
 
 class Registry:
@@ -35,18 +36,28 @@ class Registry:
         source: Adapter | Reranked | AnyPath,
         name: str | None = None,
         *,
+        to: str | None = None,
         force: bool = False,
     ) -> Digest:
         """Store an adapter and return its artifact digest; with ``name`` (``name[:tag]``), name it so.
 
-        A PEFT directory is kept byte for byte; an adapter in memory is written in canonical form, with how it was
-        derived, and a re-ranked one with the error it makes. Pushing the same again changes nothing. The tag
-        ``latest`` moves, others only with ``force``.
+        With ``to`` it then goes to a remote, ``hf://org/repo[@tag]`` or ``file:///dir[#name:tag]``, where only what is
+        missing is sent, and a tag other than ``latest`` becomes one. A PEFT directory is kept byte for byte; an adapter
+        in memory is written in canonical form, with how it was derived, and a re-ranked one with the error it makes.
+        Pushing the same again changes nothing. The tag ``latest`` moves, others only with ``force``.
 
         Raises:
             FormatError: the files are refused; nothing is stored.
-            ConflictError: the tag means another artifact already.
+            ConflictError: the tag means another artifact already, here or there, or the remote moved meanwhile.
+            RemoteError: the remote cannot be reached, or says no.
         """
+        digest = self._push(source, name, force=force)
+        if to is not None:
+            with open_remote(to) as remote:
+                remote.publish(self.store, digest, None if name is None else RefName.parse(name), force=force)
+        return digest
+
+    def _push(self, source: Adapter | Reranked | AnyPath, name: str | None, *, force: bool) -> Digest:
         ref = None if name is None else RefName.parse(name)
         report = source.report.as_record() if isinstance(source, Reranked) else None
         source = source.adapter if isinstance(source, Reranked) else source
@@ -84,14 +95,42 @@ class Registry:
                 raise StoreError(f"{digest} is damaged in {self.store.path}: {error}") from error
         return replace(adapter, origin=Artifact(digest, manifest.content_id), derivation=manifest.derivation)
 
-    def pull(self, reference: str, to: AnyPath) -> None:
-        """Write a stored adapter as a PEFT directory, every byte checked.
+    def pull(
+        self,
+        source: str,
+        to: AnyPath | None = None,
+        *,
+        name: str | None = None,
+        with_lineage: bool = False,
+        force: bool = False,
+    ) -> Digest:
+        """Take an adapter from a remote into the store, or write a stored one as a PEFT directory, or both.
+
+        ``source`` is a reference, or a URL: ``hf://org/repo[@revision]`` or ``file:///dir#name[:tag]``; ``name`` is
+        what it is called here. Every byte is checked. Returns the artifact digest.
 
         Raises:
             NotFoundError: nothing has this reference.
-            ConflictError: ``to`` exists with other contents.
+            ConflictError: ``to`` exists with other contents, or ``name`` means another artifact.
+            FormatError: the remote's adapter is refused; nothing is stored.
+            RemoteError: the remote cannot be reached, or its bytes are not what it announced.
         """
-        self.store.export(self.store.resolve(reference), expand(to))
+        if is_url(source):
+            digest = self._receive(source, name, lineage=with_lineage, force=force)
+        else:
+            digest = self.store.resolve(source)
+        if to is not None:
+            self.store.export(digest, expand(to))
+        return digest
+
+    def _receive(self, url: str, name: str | None, *, lineage: bool, force: bool) -> Digest:
+        with open_remote(url) as remote:
+            offer = remote.offer()
+            ref = offer.name if name is None else RefName.parse(name)
+            if ref is None:
+                raise ReferenceSyntaxError(f"{url}: under which name? Give name=")
+            what = f"pull {offer.where}"
+            return receive(self.store, remote, offer, ref, force=force, lineage=lineage, what=what).digest
 
     def ls(self) -> list[Named]:
         """Return every name with a line about its artifact, sorted."""

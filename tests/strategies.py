@@ -66,7 +66,7 @@ def _derivations(source: st.SearchStrategy[object]) -> st.SearchStrategy[Derivat
         operation=texts,
         version=st.integers(0, 2**53),
         inputs=st.lists(st.builds(Input, source, floats), max_size=3).map(tuple),
-        parameters=st.dictionaries(texts, scalars, max_size=3),
+        parameters=st.dictionaries(texts, scalars | st.lists(scalars, max_size=3), max_size=3),
     )
 
 

@@ -1,6 +1,5 @@
 """``loraforge``: the table of commands, and where an error becomes one line and an exit code."""
 
-import importlib
 import json
 import os
 import signal
@@ -11,13 +10,15 @@ from typing import NoReturn
 
 import click
 
+from loraforge_cli.lazy import Commands
 from loraforge_cli.output import one_line
 from loraforge_registry.errors import LoraforgeError
 
 # name: (module, summary). --help reads this table and imports no command.
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "push": ("push", "Store an adapter, and name it."),
-    "pull": ("pull", "Write a stored adapter as a directory that PEFT loads."),
+    "push": ("push", "Store an adapter, and name it; --to a remote."),
+    "pull": ("pull", "An adapter from a remote, or out of the store as a directory."),
+    "search": ("search", "Find adapters by name, here or on the Hub."),
     "ls": ("ls", "List names, with what they mean."),
     "show": ("show", "Everything about one adapter."),
     "log": ("log", "Where an adapter came from."),
@@ -30,8 +31,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "gc": ("gc", "Take away what no name or lineage needs."),
     "fsck": ("fsck", "Is the store whole? Say what is not, and repair it."),
     "compose": ("compose", "Combine adapters into one, exactly."),
+    "rebuild": ("rebuild", "Derive an adapter again: is it the same?"),
+    "explain": ("explain", "As what combination of others can an adapter be written?"),
     "rerank": ("rerank", "Shrink an adapter to a lower rank, with its error."),
     "train": ("train", "Train an adapter for a base."),
+    "tree": ("tree", "Adapters grown on adapters: one base, many branches."),
     "merge": ("merge", "Write adapters into a base checkpoint."),
     "unmerge": ("unmerge", "Take them out again, bit for bit."),
     "verify": ("verify", "Is a merged checkpoint what its receipt says?"),
@@ -52,43 +56,16 @@ EXIT_CODES: Mapping[str, int] = {
     "conflict": 4,
     "io": 5,
     "bad_store": 5,
+    "remote": 5,
 }
 
 
-class Commands(click.Group):
-    """A group whose commands are imported when they run."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """Return the names in the order of the table."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
-        """Import one command."""
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"loraforge_cli.commands.{COMMANDS[cmd_name][0]}")
-        command: click.Command = module.command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as above
-        """Write the help from the table."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Say which command may have been meant."""
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
-            import difflib
-
-            near = difflib.get_close_matches(args[0], COMMANDS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"there is no command {args[0]!r}{hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-
-@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=Commands,
+    table=COMMANDS,
+    package="loraforge_cli.commands",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--store", metavar="DIR", help="The store (LORAFORGE_STORE, else the platform's data directory).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only what was asked for.")

@@ -83,16 +83,21 @@ def stored(store: Store, source: str) -> Digest:
 
 
 def refuse_url(text: str) -> None:
-    """Refuse a URL: this version has no remotes."""
+    """Refuse a URL where only what is here will do."""
     if "://" in text:
-        raise click.UsageError(f"{text}: this version has no remotes; name a directory, or an adapter in the store")
+        raise click.UsageError(f"{text}: a URL; name a directory or an adapter in the store (loraforge pull URL first)")
+
+
+def is_recipe(text: str) -> bool:
+    """Whether a source is a recipe: a file of that kind, by its name."""
+    return text.endswith((".yaml", ".yml"))
 
 
 def weighted(text: str) -> tuple[str, float]:
     """Read SOURCE[=WEIGHT]; a path may hold an equals sign of its own."""
     refuse_url(text)
-    if text.endswith((".yaml", ".yml")):
-        raise click.UsageError(f"{text}: this version has no recipes; give SOURCE=WEIGHT...")
+    if is_recipe(text):
+        raise click.UsageError(f"{text}: a recipe stands alone; what it combines, and how, it says itself")
     source, equals, weight = text.rpartition("=")
     if not equals or (is_path(text) and Path(text).exists()):
         with contextlib.suppress(ValueError):

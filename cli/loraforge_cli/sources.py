@@ -1,17 +1,18 @@
 """Sources as adapters in memory: only commands that compute import this, and torch with it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
 from loraforge.adapter import Adapter, named_tensors
-from loraforge.compose import RerankReport
+from loraforge.compose import Reranked, RerankReport, perform
 from loraforge.formats import peft
 from loraforge.registry import Registry
 from loraforge_cli.describe import Described, describe
 from loraforge_cli.options import Session
 from loraforge_cli.output import by_layer, count, emit, size, spread, table
 from loraforge_cli.summary import line
+from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Artifact
 from loraforge_registry.names import RefName
@@ -21,6 +22,17 @@ from loraforge_registry.paths import is_path
 def open_source(session: Session, source: str) -> Adapter:
     """Open a directory, or an adapter in the store."""
     return peft.load(source) if is_path(source) else Registry(session.store_path).load(source)
+
+
+def combine(
+    method: str, terms: Sequence[tuple[Adapter, float]], parameters: Mapping[str, Value], criteria: Mapping[str, Value]
+) -> tuple[Adapter, RerankReport | None]:
+    """Combine, and re-rank where a criterion is given; what is None was not."""
+    made = perform(method, terms, {name: value for name, value in parameters.items() if value is not None})
+    given = {name: value for name, value in criteria.items() if value is not None}
+    if given:
+        made = perform("rerank", [(made.adapter if isinstance(made, Reranked) else made, 1.0)], given)
+    return (made.adapter, made.report) if isinstance(made, Reranked) else (made, None)
 
 
 def store_result(

@@ -1,6 +1,6 @@
 """The base that an adapter is trained on: transformers' model and tokenizer, or bytes where it has none."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,17 @@ def load_model(base: str, precision: str, merged: Path | None = None) -> Any:  #
         raise NotFoundError(f"{base}: no config.json there; expected a directory that transformers loads")
     half = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype="auto" if half else torch.float32, local_files_only=True, use_safetensors=True
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype="auto" if half else torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise FormatError(f"{base}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up, at random
+        raise FormatError(f"{base}: {len(missing)} weights of the model are not there, the first is {missing[0]!r}")
     model.name_or_path = model.config.name_or_path = str(Path(base).expanduser())
     model.config.use_cache = False
     return model
@@ -123,6 +129,20 @@ def check_fits(model: Any, longest: int, highest: int, tokenizer: Tokenizer) -> 
     if highest >= rows:
         what = "bytes, since the base has no tokenizer" if isinstance(tokenizer, Bytes) else "the base's tokenizer"
         raise TrainingError(f"the data has token {highest} (from {what}), the base knows {rows}: is this its data?")
+
+
+def untrained(model: Any, ids: Iterable[int]) -> list[int]:  # noqa: ANN401 - as above
+    """Return those of ``ids`` whose row of the frozen head was never trained: all zeros, or equal to another row."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return []
+    w = head.weight.detach()
+    found = []
+    for number in sorted(set(ids)):
+        twins = int((w[:, 0] == w[number, 0]).sum()) > 1 and int((w == w[number]).all(1).sum()) > 1
+        if twins or not bool(w[number].any()):
+            found.append(number)
+    return found
 
 
 def check_packs(model: Any, longest: int) -> None:  # noqa: ANN401 - as above

@@ -18,11 +18,15 @@ _IN_MESSAGES = "adapter 1: "  # what a merge calls an adapter that has no name
 
 @dataclass(frozen=True)
 class Parent:
-    """An adapter to train atop of, what the user calls it, and what it computes."""
+    """An adapter to train atop of, what the user calls it, and what it computes.
+
+    ``path`` are all the adapters that the weights to train on have in them, where that is a path in a tree.
+    """
 
     source: str
     adapter: Adapter
     content_id: Digest
+    path: tuple[Adapter, ...] = ()
 
 
 def open_parent(session: Session, source: str | None) -> Parent | None:
@@ -49,7 +53,7 @@ def load_atop(base: str, parent: Parent | None, precision: str) -> Any:  # noqa:
     with tempfile.TemporaryDirectory(prefix="loraforge-parent-") as folder:
         merged = Path(folder) / "merged"
         try:
-            merge(base, parent.adapter, merged, receipt=False)
+            merge(base, list(parent.path or (parent.adapter,)), merged, receipt=False)
         except CompositionError as error:
             why = str(error).removeprefix(_IN_MESSAGES)
             raise CompositionError(f"the parent {parent.source} does not fit {base}: {why}") from error

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +25,18 @@ from loraforge.training.data.formats import read_samples
 from loraforge.training.data.loader import Loader, make_loader
 from loraforge.training.data.tokens import Counted, Tokenizer, show, tokenize
 from loraforge.training.loop import make_plan
+from loraforge.training.memory import estimate
 from loraforge.training.provenance import base_digest, data_digest, trained
 from loraforge_cli.describe import Described, describe
 from loraforge_cli.options import Session
 from loraforge_cli.output import count, emit, facts, note, size
 from loraforge_cli.sources import store_sources
 from loraforge_cli.summary import line
-from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer
+from loraforge_cli.train_base import check_fits, check_packs, load_tokenizer, untrained
 from loraforge_cli.train_parent import Parent, load_atop, open_parent
 from loraforge_cli.train_settings import TrainSettings
 from loraforge_registry.canonical import Value
+from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Derivation
 from loraforge_registry.names import DEFAULT_TAG, RefName
 
@@ -55,21 +57,29 @@ class Prepared:
     parent: Parent | None
 
 
-def prepare(session: Session, settings: TrainSettings) -> Prepared:
-    """Read data, parent and base, and put them together."""
+def prepare(
+    session: Session, settings: TrainSettings, beside: Prepared | None = None, *, parent: Parent | None = None
+) -> Prepared:
+    """Read data, parent (the one given, else the one that the settings name) and base, and put them together.
+
+    ``beside`` has parent and base already.
+    """
     files, valid_file = _files(settings)
     if valid_file is not None and settings.val_split:
         raise click.UsageError(f"evaluate on {valid_file} or on a share of the data: leave --val-split out")
     samples = read_samples(files[0])
-    parent = open_parent(session, settings.parent)
-    tokenizer = load_tokenizer(settings.base)
+    if beside is not None:
+        parent, tokenizer = beside.parent, beside.tokenizer
+    else:
+        parent, tokenizer = parent or open_parent(session, settings.parent), load_tokenizer(settings.base)
     counted = tokenize(samples, tokenizer, settings.max_length, settings.mask)
     rows, held_out = _split(counted, settings)
     if valid_file is not None:
         held_out = tokenize(read_samples(valid_file), tokenizer, settings.max_length, settings.mask).rows
-    model = load_atop(settings.base, parent, settings.config.precision)
+    model = load_atop(settings.base, parent, settings.config.precision) if beside is None else beside.model
     every = (*rows, *held_out)
     check_fits(model, max(len(row.ids) for row in every), max(max(row.ids) for row in every), tokenizer)
+    _warn_of_untrained(session, model, counted, tokenizer, settings)
     if settings.pack:
         check_packs(model, max(len(row.ids) for row in every))
     dtype = next(model.parameters()).dtype if settings.pack else None
@@ -82,6 +92,7 @@ def prepare(session: Session, settings: TrainSettings) -> Prepared:
             pad=tokenizer.pad,
             max_length=settings.max_length,
             pack_dtype=dtype,
+            grouped=settings.group_by_length,
         )
 
     read = files if valid_file is None else (*files, valid_file)
@@ -89,15 +100,31 @@ def prepare(session: Session, settings: TrainSettings) -> Prepared:
     return Prepared(settings, model, tokenizer, counted, loader(rows), valid, read, parent)
 
 
+def _warn_of_untrained(
+    session: Session,
+    model: Any,  # noqa: ANN401 - a model of transformers
+    counted: Counted,
+    tokenizer: Tokenizer,
+    settings: TrainSettings,
+) -> None:
+    """Say when what ends the answers is a token that the base never learned to say: LoRA leaves the head as it is."""
+    if settings.config.modules_to_save:
+        return
+    ends = (next((label for label in reversed(row.labels) if label >= 0), None) for row in counted.rows)
+    for number in untrained(model, (end for end in ends if end is not None)):
+        note(
+            f"data: answers end in token {number} ({tokenizer.decode([number])!r}), whose row in the base's head was "
+            "never trained: the model may not learn to stop; train the head too with --modules-to-save lm_head",
+            quiet=session.quiet,
+        )
+
+
 def show_plan(session: Session, prepared: Prepared) -> None:
-    """Print what a run would do: parameters, steps, memory without activations, the first sample with its mask."""
+    """Print what a run would do: parameters, steps, memory at its peak, the first sample with its mask."""
     settings, model = prepared.settings, prepared.model
     total = sum(parameter.numel() for parameter in model.parameters())
-    base_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     injected = inject(model, settings.config)
-    parameters = injected.parameters().values()
-    trainable = sum(parameter.numel() for parameter in parameters)
-    state = sum(parameter.numel() * parameter.itemsize for parameter in parameters) * 4  # itself, gradient, two moments
+    trainable = sum(parameter.numel() for parameter in injected.parameters().values())
     injected.remove()
     plan = make_plan(prepared.loader, settings.config)
     counted = prepared.counted
@@ -110,8 +137,7 @@ def show_plan(session: Session, prepared: Prepared) -> None:
         "truncated": counted.truncated,
         "skipped": counted.skipped,
         "steps": plan.total,
-        "bytes_of_base": base_bytes,
-        "bytes_of_training_state": state,
+        **_memory(prepared),
         "first_sample": show(prepared.loader.rows[0], prepared.tokenizer),
     }
     if session.as_json:
@@ -122,32 +148,80 @@ def show_plan(session: Session, prepared: Prepared) -> None:
             {
                 "trained": f"{count(trainable)} parameters, {100 * trainable / total:.3g}% of {count(total)}, "
                 f"on {len(injected.targets)} targets",
-                "data": _data_line(counted),
+                "data": data_line(counted),
                 "steps": str(plan.total),
-                "memory": f"{size(base_bytes)} base, {size(state)} training state, without activations",
+                "memory": _memory_line(found),
             }
         )
     )
     click.echo(f"\nThe first sample; [[ ]] is learned:\n{found['first_sample']}")
 
 
+def _memory(prepared: Prepared) -> dict[str, Any]:
+    """The bytes at the peak of a run and what they are of, or why that cannot be said."""
+    settings, valid = prepared.settings, prepared.valid
+    judged = () if valid is None else valid.heaviest()
+    try:
+        memory = estimate(
+            prepared.model, prepared.loader.heaviest(settings.config.epochs), settings.config, valid=judged
+        )
+    except TrainingError as error:
+        return {"bytes_at_peak": None, "why_not": str(error)}
+    return {
+        "bytes_at_peak": memory.total,
+        "bytes_of_base": memory.base + memory.copy,
+        "bytes_of_adapter": memory.adapter,
+        "bytes_of_moments": memory.moments,
+        "bytes_of_step": memory.step + memory.batches,
+    }
+
+
+def _memory_line(found: Mapping[str, Any]) -> str:
+    if found["bytes_at_peak"] is None:
+        return str(found["why_not"])
+    base, adapter, moments, step = (size(found[f"bytes_of_{n}"]) for n in ("base", "adapter", "moments", "step"))
+    whole = size(found["bytes_at_peak"])
+    return f"{whole} at the peak: base {base}, adapter {adapter}, moments {moments}, a step on the largest batch {step}"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made: the adapter, how, and what came out of it."""
+
+    adapter: Adapter
+    derivation: Derivation
+    report: dict[str, Value]
+
+
 def run_training(session: Session, prepared: Prepared, name: RefName, *, resume: bool, force: bool) -> None:
     """Train, store, and print what was made."""
-    settings, registry = prepared.settings, Registry(session.store_path)
-    _check_free(registry, name, force=force)
-    counted = prepared.counted
+    registry = Registry(session.store_path)
+    check_free(registry, name, force=force)
+    made = train_once(session, prepared, resume=resume)
+    if ranks.rank() > 0:
+        return
+    described = store_trained(registry, prepared.parent, made, name, force=force)
+    if session.as_json:
+        emit(described.as_json())
+    else:
+        click.echo(line(described))
+
+
+def train_once(session: Session, prepared: Prepared, *, resume: bool) -> RunResult:
+    """Train, and show how it goes; nothing is stored."""
+    settings, counted = prepared.settings, prepared.counted
     if counted.truncated or counted.skipped:
-        note(f"data: {_data_line(counted)}", quiet=session.quiet)
-    inputs = _inputs(prepared)
+        note(f"data: {data_line(counted)}", quiet=session.quiet)
+    inputs = inputs_of(prepared, base_digest(settings.base))
     seen: list[Metrics] = []
     total = make_plan(prepared.loader, settings.config).total
-    with _interruptible(session) as interrupted, _progress(session, total) as show_step:
+    with interruptible(session) as interrupted, _progress(session, total) as show_step:
 
         def on_step(metrics: Metrics) -> None:
             seen.append(metrics)
             show_step(metrics)
 
-        with _memory_named():
+        with memory_named():
             adapter = train(
                 prepared.model,
                 prepared.loader,
@@ -161,43 +235,30 @@ def run_training(session: Session, prepared: Prepared, name: RefName, *, resume:
             )
     if interrupted() and seen and seen[-1].step != total:
         _say_how_to_go_on(settings, seen[-1].step)
-    if ranks.rank() > 0:
-        return
-    parent, report = prepared.parent, _report(_history(settings, seen))
-    start = None if parent is None else parent.adapter
+    start = None if prepared.parent is None else prepared.parent.adapter
     derivation = trained(settings.config, inputs, start, version=loraforge.__version__)
-    described = _store(registry, parent, adapter, derivation, report, name, force=force)
-    if session.as_json:
-        emit(described.as_json())
-    else:
-        click.echo(line(described))
+    return RunResult(adapter, derivation, report_of(_history(settings, seen)) if ranks.rank() == 0 else {})
 
 
-def _store(
-    registry: Registry,
-    parent: Parent | None,
-    adapter: Adapter,
-    derivation: Derivation,
-    report: dict[str, Value],
-    name: RefName,
-    *,
-    force: bool,
+def store_trained(
+    registry: Registry, parent: Parent | None, made: RunResult, name: RefName, *, force: bool
 ) -> Described:
     """Store an adapter, and with it a parent that was given as a directory."""
     with registry.store.session():  # no collection between the parent, which may have no name, and what needs it
-        located = derivation.located(store_sources(registry, [] if parent is None else [parent.source]))
-        put = registry.store.put(peft.encode(adapter), derivation=located, report=report, name=name, force=force)
+        located = made.derivation.located(store_sources(registry, [] if parent is None else [parent.source]))
+        incoming = peft.encode(made.adapter)
+        put = registry.store.put(incoming, derivation=located, report=made.report, name=name, force=force)
         return describe(registry.store, put.digest, name)
 
 
-def _inputs(prepared: Prepared) -> dict[str, Value]:
+def inputs_of(prepared: Prepared, base: Digest) -> dict[str, Value]:
     """What a run depends on beside its configuration: base, parent and data by content, and how data is batched."""
     said = prepared.settings.said
-    found: dict[str, Value] = {"base": str(base_digest(prepared.settings.base))}
+    found: dict[str, Value] = {"base": str(base)}
     found["data"] = str(data_digest(prepared.files))
     if prepared.parent is not None:
         found["parent"] = str(prepared.parent.content_id)
-    own = ("batch_size", "max_length", "pack", "mask", "val_split")
+    own = ("batch_size", "max_length", "pack", "mask", "val_split", "group_by_length")
     return found | {key: said[key] for key in own if key in said}
 
 
@@ -209,7 +270,7 @@ def _history(settings: TrainSettings, seen: list[Metrics]) -> list[Metrics]:
     return [Metrics(**json.loads(text)) for text in lines]
 
 
-def _report(steps: list[Metrics]) -> dict[str, Value]:
+def report_of(steps: list[Metrics]) -> dict[str, Value]:
     """The last loss and the best evaluation, six digits of each."""
     found: dict[str, Value] = {"loss": _six(steps[-1].loss), "steps": steps[-1].step}
     judged = [m.eval_loss for m in steps if m.eval_loss is not None and math.isfinite(m.eval_loss)]
@@ -244,13 +305,14 @@ def _split(counted: Counted, settings: TrainSettings) -> tuple[Any, Any]:
     return rows, tuple(counted.rows[place] for place in sorted(aside))
 
 
-def _data_line(counted: Counted) -> str:
+def data_line(counted: Counted) -> str:
+    """Say how many samples there are, and what became of the others."""
     cut = f", {counted.truncated} cut to max-length" if counted.truncated else ""
     left = f", {counted.skipped} left out with nothing to learn" if counted.skipped else ""
     return f"{len(counted.rows)} samples{cut}{left}"
 
 
-def _check_free(registry: Registry, name: RefName, *, force: bool) -> None:
+def check_free(registry: Registry, name: RefName, *, force: bool) -> None:
     """Find out before hours of training that the name is taken."""
     taken = any(found.ref == name for found in registry.ls())
     if taken and not force and name.tag != DEFAULT_TAG:
@@ -258,7 +320,7 @@ def _check_free(registry: Registry, name: RefName, *, force: bool) -> None:
 
 
 @contextmanager
-def _memory_named() -> Iterator[None]:
+def memory_named() -> Iterator[None]:
     """Say what helps where the device's memory is not enough."""
     try:
         yield
@@ -270,7 +332,7 @@ def _memory_named() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible(session: Session) -> Iterator[Callable[[], bool]]:
+def interruptible(session: Session) -> Iterator[Callable[[], bool]]:
     """Turn the first interrupt into a question that is answered after the step; a second one interrupts at once."""
     asked: list[int] = []
 

@@ -1,7 +1,7 @@
 """What ``loraforge train`` is told: flags and a YAML file of the same names, of which flags win."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ FLAGS: Mapping[str, Flag] = {
     "alpha": Flag(float, "alpha (twice the rank)."),
     "targets": Flag(str, "all-linear, attention, names with commas, or a regular expression.", metavar="WHICH"),
     "exclude": Flag(str, "Modules to leave out: names with commas, or a regular expression.", metavar="WHICH"),
+    "modules_to_save": Flag(str, "Modules to train whole and store: names with commas.", metavar="WHICH"),
     "dropout": Flag(float, "Dropout before A (0)."),
     "rslora": Flag(bool, "Scale by alpha / sqrt(r)."),
     "dora": Flag(bool, "Train magnitudes, too (DoRA)."),
@@ -55,19 +56,21 @@ FLAGS: Mapping[str, Flag] = {
     "max_grad_norm": Flag(float, "Clip the gradient to this norm; 0 does not (1)."),
     "max_length": Flag(int, "Cut samples to this many tokens (1024).", own=True),
     "pack": Flag(bool, "Put several samples in a line, isolated from each other.", own=True),
+    "group_by_length": Flag(bool, "Put samples of like lengths in a batch, so that less is filled up.", own=True),
     "mask": Flag(
         click.Choice(["prompt", "last", "none"]), "Learn all answers, the last, or everything (prompt).", own=True
     ),
     "precision": Flag(click.Choice(["auto", "fp32", "bf16"]), "bf16 is autocast over float32 factors (auto)."),
     "device": Flag(str, "auto, cpu, cuda, cuda:N or mps (auto)."),
     "grad_checkpoint": Flag(bool, "Compute activations again to save memory."),
+    "compile": Flag(bool, "Run the model through torch.compile (no dropout; needs a C++ compiler)."),
     "eval_every": Flag(int, "Evaluate every so many steps (each epoch)."),
     "patience": Flag(int, "Stop after so many evaluations without a better one."),
     "save_every": Flag(int, "Checkpoint every so many steps (50)."),
     "keep": Flag(int, "How many checkpoints to keep (2)."),
     "seed": Flag(int, "Decides initial factors, dropout and order (0)."),
 }
-_DEFAULTS: Mapping[str, Any] = {"batch_size": 4, "max_length": 1024, "pack": False, "mask": "prompt", "save_every": 50}
+DEFAULTS: Mapping[str, Any] = {"batch_size": 4, "max_length": 1024, "pack": False, "mask": "prompt", "save_every": 50}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class TrainSettings:
     max_length: int
     pack: bool
     mask: Any
+    group_by_length: bool = False
     name: str | None = None
     parent: str | None = None
     run: str | None = None
@@ -89,9 +93,9 @@ class TrainSettings:
     said: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train_options(function: Callable[..., object]) -> Callable[..., object]:
-    """Give a command one option for each flag; what is not given is None."""
-    for name, flag in reversed(list(FLAGS.items())):
+def train_options(function: Callable[..., object], *, without: Collection[str] = ()) -> Callable[..., object]:
+    """Give a command one option for each flag but some; what is not given is None."""
+    for name, flag in reversed([item for item in FLAGS.items() if item[0] not in without]):
         spelt, parameter = "--" + name.replace("_", "-"), f"{name}_" if name == "as" else name
         if flag.kind is bool:
             option = click.option(f"{spelt}/--no-{spelt[2:]}", parameter, default=None, help=flag.help)
@@ -108,10 +112,24 @@ def read_settings(yaml_file: str | None, flags: Mapping[str, Any]) -> TrainSetti
         ConfigError: a key that is none, or a value of a wrong type; it is named.
         TrainingError: a value out of range.
     """
+    said = {**DEFAULTS, **(_read_yaml(Path(yaml_file)) if yaml_file else {}), **given_flags(flags)}
+    return check_settings(said)
+
+
+def given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given, by their settings' names."""
+    return {name.removesuffix("_"): value for name, value in flags.items() if value is not None}
+
+
+def check_settings(said: Mapping[str, Any]) -> TrainSettings:
+    """Check settings that were converted, and fill in what follows from them.
+
+    Raises:
+        ConfigError: a value out of range.
+        TrainingError: the same of one that is TrainConfig's.
+    """
     from loraforge.training import TrainConfig
 
-    given = {name.removesuffix("_"): value for name, value in flags.items() if value is not None}
-    said = {**_DEFAULTS, **(_read_yaml(Path(yaml_file)) if yaml_file else {}), **given}
     for needed in ("base", "data"):
         if needed not in said:
             raise click.UsageError(f"say which {needed}: --{needed}, or {needed}: in the YAML file")
@@ -122,6 +140,8 @@ def read_settings(yaml_file: str | None, flags: Mapping[str, Any]) -> TrainSetti
         raise ConfigError(f"val_split is {said['val_split']}, expected at least 0 and below 1")
     fields = {name: value for name, value in said.items() if not FLAGS[name].own}
     fields |= {name: targets(fields[name]) for name in ("targets", "exclude") if name in fields}
+    if "modules_to_save" in fields:
+        fields["modules_to_save"] = tuple(part.strip() for part in fields["modules_to_save"].split(","))
     return TrainSettings(
         base=said["base"],
         data=Path(said["data"]),
@@ -130,6 +150,7 @@ def read_settings(yaml_file: str | None, flags: Mapping[str, Any]) -> TrainSetti
         max_length=said["max_length"],
         pack=said["pack"],
         mask=said["mask"],
+        group_by_length=said.get("group_by_length", False),
         name=said.get("as"),
         parent=said.get("parent"),
         run=said.get("run"),
@@ -148,6 +169,25 @@ def targets(text: str) -> str | tuple[str, ...]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    return converted(path, read_document(path))
+
+
+def converted(path: Path, document: Mapping[object, object]) -> dict[str, Any]:
+    """Return the settings of a YAML mapping, each of its flag's type.
+
+    Raises:
+        ConfigError: a key that is none, or a value of a wrong type; it is named.
+    """
+    return {_known(path, key): _converted(path, key, value) for key, value in document.items() if value is not None}
+
+
+def read_document(path: Path) -> dict[object, object]:
+    """Read a YAML file of settings.
+
+    Raises:
+        NotFoundError: there is none.
+        ConfigError: it is not YAML, or not settings.
+    """
     import yaml
 
     try:
@@ -160,7 +200,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: is {type(document).__name__}, expected settings such as 'lr: 0.0002'")
-    return {_known(path, key): _converted(path, key, value) for key, value in document.items() if value is not None}
+    return document
 
 
 def _refuse_aliases_and_twins(path: Path, text: str) -> None:
@@ -169,11 +209,15 @@ def _refuse_aliases_and_twins(path: Path, text: str) -> None:
 
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
         raise ConfigError(f"{path}: has an alias (*name); write the value itself")
-    root = yaml.compose(text, yaml.SafeLoader)
-    keys = [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-    if twice is not None:
-        raise ConfigError(f"{path}: the setting {twice[:60]!r} stands twice")
+    pending = [yaml.compose(text, yaml.SafeLoader)]
+    while pending:
+        node = pending.pop()
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [str(key.value) for key, _ in pairs]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise ConfigError(f"{path}: the setting {twice[:60]!r} stands twice")
+        pending += [value for _, value in pairs]
 
 
 def _known(path: Path, key: object) -> str:

@@ -33,7 +33,7 @@ BLOCK = 3 << 18  # elements: what a thread holds, and hands to the kernel, at a 
 MEASURED = 2  # blocks of a tensor, evenly spread, in which fidelity is measured
 SAMPLE = 16_384  # elements of such a block, in rows evenly spread
 MAX_WORKERS = 4
-_PIECE = 2 << 20  # bytes
+_PIECE = 1 << 20  # bytes
 
 Write: TypeAlias = Callable[[TensorAt, int, memoryview], None]
 """Takes (tensor, byte offset in it, bytes)."""

@@ -151,11 +151,12 @@ else:
 
     @_compiled
     def _pass(p, sums, radius, values, b, a, gamma, back, flags, marks, places, units):  # noqa: C901, PLR0913, PLR0917
-        """Round, and decide what is flagged; return the greatest, how many corrections there are, how many unproved.
+        """Round, and decide what is flagged; return the greatest magnitude, and how many places were found.
 
-        Corrections fill ``places`` from the front, the unproved from the end: together they are never more than p.
+        A place has its correction in ``units``, or 0 where nothing was proved. ``places`` may lie in the memory of
+        ``sums``: as many of those are used up by then.
         """
-        found, left, top = 0, 0, U16(0)
+        found, top = 0, U16(0)
         for start in range(0, p.size, TILE):
             size = min(TILE, p.size - start)
             tile = slice(start, start + size)
@@ -174,8 +175,8 @@ else:
                     x, error = _sum_at(w, 1.0, b, a, gamma, j)
                     low, values[j] = _nearest_once(x - error), _nearest_once(x + error)
                     if low != values[j]:
-                        left += 1
-                        places[p.size - left] = j
+                        places[found], units[found] = j, 0
+                        found += 1
                         continue
                 if not back:
                     continue
@@ -184,16 +185,15 @@ else:
                 if step == 2:
                     low, high = _guess(w, w_new, x, error, b, a, gamma, j)
                     if low != high:
-                        left += 1
-                        places[p.size - left] = j
+                        places[found], units[found] = j, 0
+                        found += 1
                         continue
                     step = _ordered(low) - _ordered(p[j])
                 if step != 0:
-                    places[found] = j
-                    units[found] = -step
+                    places[found], units[found] = j, -step
                     found += 1
             top = max(top, _top(values[tile]))
-        return top, found, left
+        return top, found
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,21 +219,17 @@ def one_pass(  # noqa: PLR0913 - a kernel's arrays
 ) -> Passed:
     """Add P to float32 ``sums`` that are within ``radius`` of the products of ``factors``, and round into ``values``.
 
+    The sums are lost: places are noted in their memory.
+
     Shapes: p, sums, values (rows, n), n a multiple of four; factors (rows, R) and (R, n) in float64.
     Numerics: float64 sums of R + 1 terms are within ``gamma`` of the sum of their magnitudes.
     """
     old, new = (bits_of(tensor).reshape(-1).view(np.uint16) for tensor in (p, values))
-    places = allocate("places", torch.int32, tuple(p.shape)).numpy().reshape(-1)
-    units = allocate("units", torch.int16, tuple(p.shape)).numpy().reshape(-1)
+    flat = sums.numpy().reshape(-1)
+    places, units = flat.view(np.int32), allocate("units", torch.int16, tuple(p.shape)).numpy().reshape(-1)
     flags, marks = np.empty(TILE, np.uint16), np.empty(2 * TILE + 8, np.int32)
     b, a = factors[0].numpy(), factors[1].numpy()
-    top, found, left = _pass(
-        old, sums.numpy().reshape(-1), np.float32(radius), new, b, a, gamma, back,
-        flags, marks, places, units,
-    )  # fmt: skip
-    return Passed(
-        int(top),
-        places[:found].astype(np.int64),
-        units[:found].copy(),
-        places[::-1][:left].astype(np.int64),
-    )
+    top, found = _pass(old, flat, np.float32(radius), new, b, a, gamma, back, flags, marks, places, units)
+    places, units = places[:found].astype(np.int64), units[:found].copy()
+    proved = units != 0
+    return Passed(int(top), places[proved], units[proved], places[~proved])

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraforge.errors import ConflictError, InputOutputError
-from loraforge_registry.files import named_error
+from loraforge_registry.system import named_error
 
 _CLONE = 0x40049409  # FICLONE: share a whole file's blocks where the file system can (btrfs, xfs, bcachefs)
 _COPY = 64 * 1024 * 1024
@@ -135,14 +135,18 @@ def remove(path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory and the files in it (it has no directories); on the way it is no model with less in it."""
+    """Remove a directory and what is in it; on the way it is no model with less in it."""
     with naming(path), suppress(FileNotFoundError):
         for name in os.listdir(path):
             if name.endswith(".safetensors"):
                 with suppress(InputOutputError):  # a full disk may refuse a new name, and still lets go of an old one
                     rename(path / name, path / f"{name}.part")
         for name in os.listdir(path):
-            remove(path / name)
+            inside = path / name
+            if inside.is_dir() and not inside.is_symlink():
+                remove_directory(inside)
+            else:
+                remove(inside)
         os.rmdir(path)  # noqa: PTH106 - as make_directory
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from loraforge.errors import ConflictError, FormatError, InputOutputError, NotFoundError
 from loraforge_registry import strict_json
-from loraforge_registry.files import named_error
 from loraforge_registry.header import Header, TensorEntry, read_header
 from loraforge_registry.ingest import open_source, read_small
 from loraforge_registry.paths import AnyPath, expand
+from loraforge_registry.system import named_error
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,7 +81,8 @@ class TensorAt:
 class Checkpoint:
     """An open checkpoint: shards by file name, and tensors by name, both in file order.
 
-    ``others`` are the remaining regular files of its directory, by name; none where a single file was opened.
+    ``others`` are the remaining regular files in and below its directory, by path from there, but for hidden
+    directories; none where a single file was opened.
     """
 
     path: Path
@@ -239,6 +240,9 @@ def _check_map(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, 
 
 
 def _others(path: Path, shards: set[str]) -> tuple[str, ...]:
-    if not path.is_dir():
-        return ()
-    return tuple(sorted(name for name in os.listdir(path) if name not in shards and (path / name).is_file()))
+    found = []
+    for folder, inside, names in os.walk(path):  # of a single file there is nothing to walk
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        found += [Path(folder, name) for name in names]
+    relative = [str(file.relative_to(path)) for file in found if file.is_file()]
+    return tuple(sorted(name for name in relative if name not in shards))

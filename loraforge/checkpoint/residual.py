@@ -28,24 +28,26 @@ class ResidualWriter:
     """Collects the corrections of one tensor, block after block."""
 
     itemsize: int
-    _places: list[Array] = field(default_factory=list)
+    _gaps: list[Array] = field(default_factory=list)
     _differences: list[Array] = field(default_factory=list)
+    _last: int = -1
 
     def add(self, places: Array, differences: Array) -> None:
         """Take corrections: ascending places in the tensor, all behind those that went before."""
         if len(places):
-            self._places.append(places)
+            gaps = np.diff(places, prepend=self._last) - 1
+            self._gaps.append(gaps.astype("<u4" if int(gaps.max()) < 1 << 32 else "<u8"))  # to be short
             self._differences.append(differences)
+            self._last = int(places[-1])
 
     def encode(self) -> bytes:
         """Return the record."""
         signed, unsigned = _types(self.itemsize)
-        places = np.concatenate([np.array([-1]), *self._places])
-        gaps = (np.diff(places) - 1).astype(np.uint64)
+        gaps = np.concatenate([np.empty(0, "<u4"), *self._gaps])
         differences = np.concatenate([np.empty(0, signed), *self._differences])
         sign = differences >> signed.type(8 * self.itemsize - 1)
         zigzag = ((differences << signed.type(1)) ^ sign).view(unsigned)
-        return _HEAD.pack(len(gaps), self.itemsize) + _planes(gaps, plain=1) + _planes(zigzag)
+        return _HEAD.pack(len(gaps), self.itemsize) + _planes(gaps, 8, plain=1) + _planes(zigzag, self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,15 @@ def _types(itemsize: int) -> tuple[np.dtype[np.signedinteger], np.dtype[np.unsig
     return np.dtype(f"<i{itemsize}"), np.dtype(f"<u{itemsize}")
 
 
-def _planes(numbers: Array, plain: int = 0) -> bytes:
-    """Code the bytes of unsigned numbers plane by plane, lowest first; the first ``plain`` of them as they are."""
-    size, most = numbers.dtype.itemsize, int(numbers.max()) if len(numbers) else 0
+def _planes(numbers: Array, size: int, plain: int = 0) -> bytes:
+    """Code the ``size`` bytes of unsigned numbers plane by plane, lowest first; the first ``plain`` as they are."""
+    columns, most = numbers.view(np.uint8).reshape(-1, numbers.itemsize), int(numbers.max()) if len(numbers) else 0
     coded = []
     for plane in range(size):
         short = b""
         if most >> (8 * plane):
             codec = zlib.compressobj(0 if plane < plain else 1, strategy=zlib.Z_HUFFMAN_ONLY)
-            data = (numbers >> numbers.dtype.type(8 * plane)).astype(np.uint8)
-            short = codec.compress(data.data) + codec.flush()
+            short = codec.compress(columns[:, plane].tobytes()) + codec.flush()
         coded.append(_PLANE.pack(len(short)) + short)
     return b"".join(coded)
 

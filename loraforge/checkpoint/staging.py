@@ -16,7 +16,7 @@ import glob
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from blake3 import blake3
 
@@ -192,6 +192,7 @@ class Staging:
     def _copy_others(self) -> None:
         for name in travelling(self._base):
             path = self._directory / name
+            output.make_directory(path.parent)
             output.remove(path)
             fd, source = output.open_new(path), os.open(self._base.path / name, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -213,8 +214,13 @@ def part_of(shard: str) -> str:
 
 
 def travelling(base: Checkpoint) -> list[str]:
-    """Return the files that come along: configuration, tokenizer, licence, but no weights in other formats."""
-    return [name for name in base.others if not name.endswith(STALE) and not name.startswith(_OURS)]
+    """Return the files that come along: configuration, tokenizer, licence, but no weights in other formats.
+
+    Nor what lies beside such weights in a directory of theirs: it says something of them.
+    """
+    weighty = {str(PurePath(name).parent) for name in base.others if name.endswith(STALE)} - {"."}
+    names = [name for name in base.others if not name.endswith(STALE) and not name.startswith(_OURS)]
+    return [name for name in names if str(PurePath(name).parent) not in weighty]
 
 
 def left_out(base: Checkpoint) -> tuple[str, ...]:

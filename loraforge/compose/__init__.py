@@ -1,20 +1,32 @@
 """Adapters to adapter: one method is one pure function and one row of the table."""
 
 from loraforge.compose._compare import Difference, compare, overall
+from loraforge.compose._explain import Explanation, Part, explain
 from loraforge.compose._linear import linear, stack
 from loraforge.compose._rerank import Reranked, RerankReport, TargetReport, rerank
-from loraforge.compose._table import METHODS, Method
+from loraforge.compose._select import layers_of, select
+from loraforge.compose._table import LATEST, METHODS, OPERATIONS, Kind, Operation, check_parameters, perform
 
 __all__ = [
+    "LATEST",
     "METHODS",
+    "OPERATIONS",
     "Difference",
-    "Method",
+    "Explanation",
+    "Kind",
+    "Operation",
+    "Part",
     "RerankReport",
     "Reranked",
     "TargetReport",
+    "check_parameters",
     "compare",
+    "explain",
+    "layers_of",
     "linear",
     "overall",
+    "perform",
     "rerank",
+    "select",
     "stack",
 ]

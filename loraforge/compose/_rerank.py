@@ -92,7 +92,9 @@ def rerank(
         CompositionError: not exactly one criterion, one out of range, or an adapter that is not additive.
         NumericalError: NaN or infinity in a factor.
     """
-    parameters = _check_criteria(rank, energy, max_parameters, min_rank, max_rank)
+    parameters = check_criteria(
+        rank, energy=energy, max_parameters=max_parameters, min_rank=min_rank, max_rank=max_rank
+    )
     check_additive(adapter)
     _refuse_grouped(adapter)
     if max_parameters is not None:
@@ -194,8 +196,13 @@ def _within_budget(
     return lambda name, _found: ranks[name]
 
 
-def _check_criteria(
-    rank: int | None, energy: float | None, max_parameters: int | None, min_rank: int, max_rank: int | None
+def check_criteria(
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    max_parameters: int | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
 ) -> dict[str, Value]:
     """Refuse what is no criterion, and return the given ones as a derivation records them."""
     given: dict[str, Value] = {

@@ -16,13 +16,13 @@ from loraforge.adapter.tensors import dtype_name
 from loraforge.errors import CompositionError, FormatError
 from loraforge_registry.config import MAX_BYTES, AdapterConfig, Scaling, encode_config, parse_config
 from loraforge_registry.export import write_directory
-from loraforge_registry.files import Buffer
 from loraforge_registry.header import Header, encode_header, parse_header, read_header
 from loraforge_registry.ingest import Incoming, find_adapter, open_source, read_small
 from loraforge_registry.layout import PREFIX, Target, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
 from loraforge_registry.paths import AnyPath, expand
 from loraforge_registry.patterns import Matcher, PatternTable, is_plain
+from loraforge_registry.system import Buffer
 
 T = TypeVar("T", int, float)
 

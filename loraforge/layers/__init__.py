@@ -2,5 +2,6 @@
 
 from loraforge.layers.config import INITS, Init, LoraConfig
 from loraforge.layers.inject import Injected, attach, inject
+from loraforge.layers.narrow import narrow, widen
 
-__all__ = ["INITS", "Init", "Injected", "LoraConfig", "attach", "inject"]
+__all__ = ["INITS", "Init", "Injected", "LoraConfig", "attach", "inject", "narrow", "widen"]

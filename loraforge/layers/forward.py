@@ -19,6 +19,7 @@ from loraforge.adapter import LowRank
 from loraforge.layers.dropout import Dropout, draw
 from loraforge.layers.kinds import Ops, kind_of
 from loraforge.layers.linear import Form, lora_linear
+from loraforge.layers.narrow import weight_in
 from loraforge_registry.config import scale_of
 
 
@@ -57,32 +58,44 @@ def adapted_forward(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - a modul
     Numerics: under autocast in its type; else the base in its own and the update in the factors'. The result has the
     type that the base's has.
     """
-    ops, lora = kind_of(module), module.lora
+    lora: Factors = module.lora
+    return run_adapted(module, lora, x, draw(lora.dropout) if drops(module) else None)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module's input may be dropped out: row numbers never are."""
+    return module.training and not isinstance(module, nn.Embedding)
+
+
+def run_adapted(module: Any, lora: Factors, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - of a known kind
+    """Run a module with the update of ``lora``."""
+    ops = kind_of(module)
     assert ops is not None, "only modules of a known kind are adapted"  # noqa: S101 - the injection's contract
-    dropout = draw(lora.dropout) if module.training and ops.name != "embedding" else None
     if lora.magnitude is not None:
-        return _dora(ops, module, x, dropout)
+        return _dora(ops, module, lora, x, dropout)
     if ops.name == "linear":
-        return _linear(ops, module, x, dropout)
+        return _linear(ops, module, lora, x, dropout)
     y: Tensor = type(module).forward(module, x)
-    return y.add(_update(ops, module, x, dropout).to(y.dtype))
+    return y.add(_update(ops, module, lora, x, dropout).to(y.dtype))
 
 
-def _linear(ops: Ops, module: Any, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - as above
-    lora, w = module.lora, ops.weight(module)
-    device = x.device.type
+def form_of(lora: Factors, w: Tensor, dropout: Dropout | None) -> Form:
+    """Return the form of a linear update: under autocast both products are done in its type."""
+    device = w.device.type
     auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    form = Form(lora.scale, dropout, auto or w.dtype, auto or lora.a.dtype)
-    c = module.bias
+    return Form(lora.scale, dropout, auto or w.dtype, auto or lora.a.dtype)
+
+
+def _linear(ops: Ops, module: Any, lora: Factors, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - as above
+    w, device = ops.weight(module), x.device.type
+    form, c = form_of(lora, w, dropout), module.bias
     if lora.bias is not None:
         c = lora.scale * lora.bias if c is None else c + lora.scale * lora.bias
     with torch.autocast(device, enabled=False):
-        return lora_linear(form, x, w, c, lora.a, lora.b, lora.start)
+        return lora_linear(form, x, weight_in(module, w, form.base), c, lora.a, lora.b, lora.start)
 
 
-def _update(ops: Ops, module: Any, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - as above
-    lora = module.lora
-
+def _update(ops: Ops, module: Any, lora: Factors, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - as above
     def formula(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return ops.low_rank(module, _dropped(x, a.dtype, dropout), a, b).mul(lora.scale)
 
@@ -90,8 +103,8 @@ def _update(ops: Ops, module: Any, x: Tensor, dropout: Dropout | None) -> Tensor
     return update if lora.bias is None else update + ops.spread(lora.scale * lora.bias)
 
 
-def _dora(ops: Ops, module: Any, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - as above
-    lora, c = module.lora, getattr(module, "bias", None)
+def _dora(ops: Ops, module: Any, lora: Factors, x: Tensor, dropout: Dropout | None) -> Tensor:  # noqa: ANN401 - as above
+    c = getattr(module, "bias", None)
     norm = weight_norm(ops.weight(module), lora.a, lora.b, lora.scale)
 
     def formula(x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:

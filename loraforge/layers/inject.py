@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ class Injected:
 
     model: nn.Module
     targets: Mapping[str, nn.Module]
+    factors: Mapping[str, Factors]
     settings: Settings
     whole: Mapping[str, nn.Parameter]
     before: Mapping[str, Tensor]
@@ -36,18 +36,16 @@ class Injected:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what is trained, by name."""
-        found = {
-            f"{n}.lora.{k}": p for n, module in self.targets.items() for k, p in _factors(module).named_parameters()
-        }
+        found = {f"{n}.lora.{k}": p for n, lora in self.factors.items() for k, p in lora.named_parameters()}
         return found | dict(self.whole)
 
     def b_factors(self) -> set[str]:
         """Return the names of the B that LoRA+ trains faster: an embedding's is not the one that starts at zero."""
-        return {f"{name}.lora.b" for name, module in self.targets.items() if _factors(module).kind != "embedding"}
+        return {f"{name}.lora.b" for name, lora in self.factors.items() if lora.kind != "embedding"}
 
     def buffers(self) -> dict[str, Tensor]:
         """Return what is part of the adapter and not trained, by name: the factors that PiSSA and OLoRA subtract."""
-        return {f"{n}.lora.{k}": b for n, module in self.targets.items() for k, b in _factors(module).named_buffers()}
+        return {f"{n}.lora.{k}": b for n, lora in self.factors.items() for k, b in lora.named_buffers()}
 
     def adapter(self) -> Adapter:
         """Return a copy of the adapter as it is now, as a plain one on the base as it was.
@@ -55,7 +53,7 @@ class Injected:
         Cost: copies every factor. PiSSA and OLoRA have twice their rank here.
         """
         return Adapter(
-            targets={name: _plain(_factors(module)) for name, module in self.targets.items()},
+            targets={name: _plain(lora) for name, lora in self.factors.items()},
             settings=self.settings,
             extras={key: _copy(parameter) for key, parameter in self.whole.items()},
         )
@@ -163,7 +161,7 @@ def _place(
     for name, module in targets.items():
         module.add_module("lora", factors[name].requires_grad_(trainable).train(module.training))
         module.__dict__["forward"] = MethodType(adapted_forward, module)
-    return Injected(model, targets, settings, whole, before, frozen)
+    return Injected(model, targets, dict(factors), settings, whole, before, frozen)
 
 
 def _placed(model: nn.Module, name: str, pair: LowRank, settings: Settings, *, trainable: bool) -> LowRank:
@@ -227,12 +225,6 @@ def _magnitude_on_disk(lora: Factors) -> Tensor:
     assert lora.magnitude is not None  # noqa: S101 - the caller looked
     flat = _copy(lora.magnitude)
     return flat.view(1, -1, *(1,) * (lora.a.ndim - 2)) if lora.a.ndim > 2 else flat
-
-
-def _factors(module: nn.Module) -> Factors:
-    lora: Any = module.lora
-    assert isinstance(lora, Factors)  # noqa: S101 - put there by this module
-    return lora
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from loraforge.layers.config import LoraConfig
 from loraforge.layers.kinds import is_transposed, kind_of, why_not
 from loraforge_registry.config import Settings
 from loraforge_registry.layout import Targeted
-from loraforge_registry.patterns import Matcher, PatternTable, ends_with_path, suffixes
+from loraforge_registry.patterns import ATTENTION, Matcher, PatternTable, ends_with_path, suffixes
 
 _LISTED = 8
 
@@ -69,6 +69,13 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         if not matches:
             raise TargetError(f"modules_to_save {entry!r} names no module with parameters{_near([entry], names)}")
         found |= {name: model.get_submodule(name) for name in matches}
+    for name, module in found.items():
+        for key, parameter in module.named_parameters():
+            if twin := _twin(model, f"{name}.{key}", parameter):
+                raise TargetError(
+                    f"modules_to_save {name!r} shares {key!r} with {twin!r}: both would change, and the adapter "
+                    "would hold one; untie them first"
+                )
     return found
 
 
@@ -87,14 +94,17 @@ def check_target(model: nn.Module, name: str, module: nn.Module) -> None:
             f"target {name!r} is read, not called, by the fast path of nn.TransformerEncoderLayer; call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    twins = [
-        n for n, p in model.named_parameters(remove_duplicate=False) if p is module.weight and n != f"{name}.weight"
-    ]
-    if twins:
+    if twin := _twin(model, f"{name}.weight", module.weight):
         raise TargetError(
-            f"target {name!r} shares its weight with {twins[0]!r}: merged, the update would reach both; exclude it, or "
+            f"target {name!r} shares its weight with {twin!r}: merged, the update would reach both; exclude it, or "
             "untie them"
         )
+
+
+def _twin(model: nn.Module, name: str, parameter: object) -> str | None:
+    """Another name of a parameter."""
+    every = model.named_parameters(remove_duplicate=False)
+    return next((other for other, found in every if found is parameter and other != name), None)
 
 
 def _wants(targeted: Targeted, config: LoraConfig, model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -111,7 +121,7 @@ def _wants(targeted: Targeted, config: LoraConfig, model: nn.Module, name: str, 
 def _settings(config: LoraConfig) -> Settings:
     targets = config.targets
     if targets == "attention":
-        targets = r"(?i)(.*\.)?[^.]*att(n|ention)[^.]*\..*"
+        targets = ATTENTION
     return Settings(
         target_modules=targets,
         exclude_modules=config.exclude,

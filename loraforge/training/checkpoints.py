@@ -26,9 +26,9 @@ from loraforge.formats import peft
 from loraforge.training.batches import Cursor
 from loraforge.training.config import TrainConfig
 from loraforge_registry.export import write_directory
-from loraforge_registry.files import Buffer
 from loraforge_registry.header import encode_header, parse_header, read_header
 from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
+from loraforge_registry.system import Buffer
 
 STATE, TENSORS, METRICS = "state.json", "state.safetensors", "metrics.jsonl"
 _FREE = frozenset({"device", "keep", "save_every"})
@@ -73,14 +73,14 @@ def save(run: Path, progress: Progress, setting: Setting, adapter: Adapter, tens
     contents: dict[str, Callable[[], Iterable[Buffer]]] = {
         CONFIG_FILE: lambda: [encoded.config],
         WEIGHTS_FILE: lambda: encoded.chunks,
-        TENSORS: lambda: _safetensors(tensors),
+        TENSORS: lambda: safetensors(tensors),
         STATE: lambda: [(json.dumps(document, indent=2, sort_keys=True) + "\n").encode()],
     }
     folder = run / f"step-{progress.step:07}"
     if not folder.exists():
         write_directory(folder, contents)
     for old in checkpoints(run)[: -setting.config.keep]:
-        _drop(old)
+        drop(old)
     return folder
 
 
@@ -116,13 +116,13 @@ def load(folder: Path, setting: Setting) -> tuple[Progress, Tensors]:
     return progress, tensors
 
 
-def tidy(run: Path, step: int) -> None:
-    """Remove what a killed run left: unfinished checkpoints, and metrics of steps after ``step``."""
+def tidy(run: Path, step: int, key: str = "step") -> None:
+    """Remove what a killed run left: unfinished checkpoints, and metrics whose ``key`` is after ``step``."""
     for left in (*run.glob(".step-*"), *run.glob(".old-*")):
         shutil.rmtree(left, ignore_errors=True)
     path = run / METRICS
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        lines = [line for line in path.read_text().splitlines() if _number_in(line, key) <= step]
         temporary = run / f".{METRICS}"
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(path)
@@ -138,11 +138,16 @@ def gather(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, fixed: Mapping[str, Tensor], best: Tensors
 ) -> Tensors:
     """Return every tensor that a run needs to go on, by name."""
-    found = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
-    found |= {f"fixed/{name}": tensor for name, tensor in fixed.items()} | {f"best/{n}": t for n, t in best.items()}
+    found = named(parameters, fixed) | {f"best/{name}": tensor for name, tensor in best.items()}
     for name, parameter in parameters.items():
         found |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
     return found
+
+
+def named(parameters: Mapping[str, nn.Parameter], fixed: Mapping[str, Tensor]) -> Tensors:
+    """Return an adapter's tensors by the names they have in a checkpoint."""
+    found = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+    return found | {f"fixed/{name}": tensor for name, tensor in fixed.items()}
 
 
 def scatter(
@@ -177,7 +182,8 @@ def _moved(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
     return value.to(device, copy=True)
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterable[Buffer]:
+def safetensors(tensors: Mapping[str, Tensor]) -> Iterable[Buffer]:
+    """Yield the bytes of a safetensors file."""
     start = encode_header((name, dtype_name(tensor), tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))
     size = len(start) + sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     yield start
@@ -185,15 +191,15 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterable[Buffer]:
         yield raw_bytes(tensors[entry.name])
 
 
-def _drop(folder: Path) -> None:
+def drop(folder: Path) -> None:
     """Remove a checkpoint in two steps, so that a killed run leaves none that is half there."""
     hidden = folder.with_name(f".old-{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
 
-def _step_of(line: str) -> float:
+def _number_in(line: str, key: str) -> float:
     try:
-        return float(json.loads(line)["step"])
+        return float(json.loads(line)[key])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line that was cut off

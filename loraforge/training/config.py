@@ -20,6 +20,7 @@ class TrainConfig(LoraConfig):
     A step is one update from ``grad_accum`` micro-batches. ``max_steps`` overrides ``epochs``. ``warmup`` is a number
     of steps, or below 1 a share of them. ``loraplus_ratio`` multiplies the rate of the B factors (arXiv:2402.12354).
     ``max_grad_norm`` of 0 does not clip. ``patience`` evaluations without a better loss end the run.
+    ``compile`` runs the model through ``torch.compile``.
 
     Raises:
         TrainingError: a value out of range; the field is named.
@@ -40,6 +41,7 @@ class TrainConfig(LoraConfig):
     precision: Precision = "auto"
     device: str = "auto"
     grad_checkpoint: bool = False
+    compile: bool = False
     seed: int = 0
     eval_every: int | None = None
     patience: int | None = None
@@ -60,6 +62,10 @@ class TrainConfig(LoraConfig):
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _check(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         object.__setattr__(self, "betas", tuple(self.betas))
+        if self.compile and self.dropout:
+            raise TrainingError(
+                "compile and dropout exclude each other (masks are drawn outside of torch): leave one out"
+            )
 
 
 def _check(fine: bool, name: str, value: object, expected: str) -> None:  # noqa: FBT001 - what is checked

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from loraforge.adapter import Adapter
 from loraforge.errors import NumericalError, TrainingError
-from loraforge.layers import Injected, attach, inject
+from loraforge.layers import Injected, attach, inject, narrow, widen
 from loraforge.training import checkpoints, ranks
 from loraforge.training.batches import Batch, Count, Window, count_labels, steps_per_epoch, windows
 from loraforge.training.checkpoints import Progress, Setting
+from loraforge.training.compiled import compiled
 from loraforge.training.config import TrainConfig
 from loraforge.training.schedule import rate
 from loraforge.training.step import check_reached, clip, evaluate, make_optimizer, set_rate, window_gradient
@@ -46,7 +47,7 @@ class Plan:
 
 
 @dataclass
-class _Run:
+class Run:
     """What changes while a run goes on."""
 
     injected: Injected
@@ -96,28 +97,30 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
         raise TrainingError("eval_every and patience are about an evaluation: give valid, the data for it")
     plan = make_plan(batches, config)
     folder = None if run is None else expand(run)
-    with apart(), _placed(model, config) as device:
+    with apart(), placed(model, config) as device, compiled(model, wanted=config.compile):
         seed_all(config.seed, "start")
         injected = inject(model, config) if adapter is None else attach(model, adapter, dropout=config.dropout)
         try:
             setting = Setting(config, inputs or {})
             state = _begin(injected, setting, folder, resume=resume)
-            autocast = _autocast(config, device)
+            autocast = autocast_of(config, device)
+            narrow(model, narrow_type(config, device))
             model.train()
             coming = windows(batches, config.grad_accum * ranks.size(), config.seed, state.progress.cursor)
-            while not _is_done(state.progress, plan, config):
+            while not is_done(state.progress, plan, config):
                 window = next(coming)
                 metrics = _step(state, model, window, config, plan, count, autocast)
-                if valid is not None and _is_due(state.progress.step, config.eval_every, window, plan):
-                    metrics = _judge(state, metrics, evaluate(model, valid, count, autocast))
+                if valid is not None and is_due(state.progress.step, config.eval_every, window, plan):
+                    metrics = judge(state, metrics, evaluate(model, valid, count, autocast))
                 stop = _agree(should_stop is not None and should_stop(), device)
-                _record(state, metrics, setting, folder, last=stop or _is_done(state.progress, plan, config))
+                _record(state, metrics, setting, folder, last=stop or is_done(state.progress, plan, config))
                 if on_step is not None:
                     on_step(metrics)
                 if stop:
                     break
-            return _result(state)
+            return result(state)
         finally:
+            widen(model)
             injected.remove()
 
 
@@ -141,10 +144,15 @@ def make_plan(batches: Iterable[Batch], config: TrainConfig) -> Plan:
     return Plan(total, config.epochs)
 
 
-def _begin(injected: Injected, setting: Setting, folder: Path | None, *, resume: bool) -> _Run:
+def make_run(injected: Injected, config: TrainConfig) -> Run:
+    """Return a run that has not begun."""
     parameters = injected.parameters()
-    fixed = injected.buffers()
-    state = _Run(injected, make_optimizer(parameters, injected.b_factors(), setting.config), parameters, fixed)
+    return Run(injected, make_optimizer(parameters, injected.b_factors(), config), parameters, injected.buffers())
+
+
+def _begin(injected: Injected, setting: Setting, folder: Path | None, *, resume: bool) -> Run:
+    state = make_run(injected, setting.config)
+    parameters, fixed = state.parameters, state.fixed
     ranks.align({**parameters, **fixed})
     if folder is None:
         return state
@@ -169,7 +177,7 @@ def _agree(stop: bool, device: torch.device) -> bool:  # noqa: FBT001 - an answe
 
 
 def _step(
-    state: _Run,
+    state: Run,
     model: nn.Module,
     window: Window,
     config: TrainConfig,
@@ -181,6 +189,18 @@ def _step(
     seed_all(config.seed, "step", number, *([ranks.rank()] if ranks.size() > 1 else []))
     state.optimizer.zero_grad(set_to_none=True)
     loss, tokens = window_gradient(model, window.batches, count, autocast)
+    metrics = update(state, window, config, plan, loss, tokens)
+    return replace(metrics, seconds=time.perf_counter() - start)
+
+
+def update(state: Run, window: Window, config: TrainConfig, plan: Plan, loss: float, tokens: int) -> Metrics:
+    """Take the step that the gradients say, once they are found to be finite and clipped.
+
+    Raises:
+        TrainingError: a trained tensor has no gradient in the first step.
+        NumericalError: the loss or a gradient is not finite.
+    """
+    number = state.progress.step
     if number == 0:
         check_reached(state.parameters)
     norm = clip(state.parameters, config.max_grad_norm)
@@ -194,10 +214,10 @@ def _step(
     state.optimizer.step()
     state.progress = replace(state.progress, step=number + 1, cursor=window.after)
     epoch = window.after.epoch - (window.after.taken == 0)
-    return Metrics(number + 1, epoch, loss, lr, norm, tokens, time.perf_counter() - start)
+    return Metrics(number + 1, epoch, loss, lr, norm, tokens, 0.0)
 
 
-def _judge(state: _Run, metrics: Metrics, loss: float) -> Metrics:
+def judge(state: Run, metrics: Metrics, loss: float) -> Metrics:
     """Keep the parameters where an evaluation is the best yet; NaN never is."""
     best = state.progress.best
     better = math.isfinite(loss) and (best is None or loss < best)
@@ -209,25 +229,26 @@ def _judge(state: _Run, metrics: Metrics, loss: float) -> Metrics:
     return replace(metrics, eval_loss=loss)
 
 
-def _record(state: _Run, metrics: Metrics, setting: Setting, folder: Path | None, *, last: bool) -> None:
+def _record(state: Run, metrics: Metrics, setting: Setting, folder: Path | None, *, last: bool) -> None:
     if folder is None or ranks.rank() > 0:
         return
     checkpoints.log(folder, {k: v for k, v in metrics.__dict__.items() if v is not None})
     every = setting.config.save_every
     if last or (every is not None and metrics.step % every == 0):
-        now = _checked(state.injected.adapter())
+        now = checked(state.injected.adapter())
         tensors = checkpoints.gather(state.parameters, state.optimizer, state.fixed, state.best)
         checkpoints.save(folder, state.progress, setting, now, tensors)
 
 
-def _result(state: _Run) -> Adapter:
+def result(state: Run) -> Adapter:
+    """Return the best adapter, or the last where nothing was evaluated."""
     with torch.no_grad():
         for name, tensor in state.best.items():
             state.parameters[name].copy_(tensor)
-    return _checked(state.injected.adapter())
+    return checked(state.injected.adapter())
 
 
-def _checked(adapter: Adapter) -> Adapter:
+def checked(adapter: Adapter) -> Adapter:
     """Refuse NaN and infinity in anything that is about to be kept."""
     for name, pair in adapter.targets.items():
         pair.check_finite(name)
@@ -239,19 +260,20 @@ def _checked(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def _is_done(progress: Progress, plan: Plan, config: TrainConfig) -> bool:
+def is_done(progress: Progress, plan: Plan, config: TrainConfig) -> bool:
+    """Whether a run has all its steps, or evaluations have stopped getting better."""
     enough = progress.step >= plan.total if plan.total is not None else progress.cursor.epoch >= (plan.epochs or 0)
     return enough or (config.patience is not None and progress.stale >= config.patience)
 
 
-def _is_due(step: int, every: int | None, window: Window, plan: Plan) -> bool:
+def is_due(step: int, every: int | None, window: Window, plan: Plan) -> bool:
     """Whether to evaluate: every so many steps, else at the end of an epoch; and at the end."""
     at_end = plan.total is not None and step >= plan.total
     return at_end or (step % every == 0 if every is not None else window.after.taken == 0)
 
 
 @contextmanager
-def _placed(model: nn.Module, config: TrainConfig) -> Iterator[torch.device]:
+def placed(model: nn.Module, config: TrainConfig) -> Iterator[torch.device]:
     """Move the model to where it is trained, and put device, mode and checkpointing back at the end."""
     first = next(model.parameters(), None)
     if first is None:
@@ -260,7 +282,7 @@ def _placed(model: nn.Module, config: TrainConfig) -> Iterator[torch.device]:
     device = home if home.type == "meta" else choose_device(config.device)
     if device != home:
         model.to(device)
-    undo = _checkpointing(model) if config.grad_checkpoint else None
+    undo = checkpointing(model) if config.grad_checkpoint else None
     try:
         yield device
     finally:
@@ -288,7 +310,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _checkpointing(model: nn.Module) -> Callable[[], object]:
+def checkpointing(model: nn.Module) -> Callable[[], object]:
     """Let a model of transformers (which renamed this in version 5) compute activations again; return the undoing."""
     for name in ("activation", "gradient"):
         enable = getattr(model, f"{name}_checkpointing_enable", None)
@@ -303,7 +325,13 @@ def _checkpointing(model: nn.Module) -> Callable[[], object]:
     raise TrainingError(f"{type(model).__name__} has no gradient_checkpointing_enable; leave grad_checkpoint out")
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+def autocast_of(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return the type to compute in, None for that of the tensors."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     return torch.bfloat16 if config.precision == "bf16" else None
+
+
+def narrow_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return the type that frozen weights are cast to for a whole run; with checkpointing, memory counts for more."""
+    return None if config.grad_checkpoint else autocast_of(config, device)

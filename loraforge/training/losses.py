@@ -21,8 +21,8 @@ from loraforge.errors import TrainingError
 from loraforge.training.batches import IGNORED, Batch
 
 
-def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
-    """Run a model on a batch and return its loss.
+def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, places: Tensor | None = None) -> Tensor:
+    """Run a model on a batch and return its loss; ``places`` are those of ``learned_places``, if known already.
 
     Raises:
         TrainingError: it returns none.
@@ -31,11 +31,26 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Ten
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         if isinstance(batch, Mapping):
             if isinstance(batch.get("labels"), Tensor) and keeps_logits(model):
-                return _loss_at_labels(model, batch)
+                return _loss_at_labels(model, batch, places)
             out = model(**batch)
         else:
             out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
     return _found_in(out)
+
+
+def losses_of(model: nn.Module, batch: Mapping[str, Any], sizes: list[int], autocast: torch.dtype | None) -> Tensor:
+    """Run a model for which ``keeps_logits`` holds on rows of several owners; return the loss of each owner's rows.
+
+    Shapes: ``sizes`` says how many rows each has, in their order -> (owners,).
+    Numerics: as ``loss_of`` on the rows of one; a loss that is NaN leaves the gradients of the others what they are.
+    """
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        labels, places = _following(batch["labels"]), learned_places(batch["labels"])
+        rest = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**rest, logits_to_keep=places).logits  # (rows, places, vocabulary)
+        pairs = zip(torch.split(logits, sizes), torch.split(labels[:, places], sizes), strict=True)
+        return torch.stack([_mean_loss(*pair) for pair in pairs])
 
 
 def keeps_logits(model: nn.Module) -> bool:
@@ -52,12 +67,25 @@ def _takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
-def _loss_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:]  # (rows, T): what follows each token
-    places = (labels != IGNORED).any(0).nonzero().flatten()
+def learned_places(labels: Tensor) -> Tensor:
+    """Return the positions with a label to predict in some row: labels (rows, T) -> (places,)."""
+    return (_following(labels) != IGNORED).any(0).nonzero().flatten()
+
+
+def _following(labels: Tensor) -> Tensor:
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]  # (rows, T): what follows each token
+
+
+def _loss_at_labels(model: nn.Module, batch: Mapping[str, Any], places: Tensor | None) -> Tensor:
+    labels = _following(batch["labels"])
+    places = learned_places(batch["labels"]) if places is None else places
     rest = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**rest, logits_to_keep=places).logits  # (rows, places, vocabulary)
-    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, places].flatten(), ignore_index=IGNORED)
+    return _mean_loss(logits, labels[:, places])
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 def _found_in(out: Any) -> Tensor:  # noqa: ANN401 - whatever a model returns

@@ -16,11 +16,16 @@ import torch
 
 def seed_all(seed: int, *path: object) -> None:
     """Seed every global generator for one purpose, such as ``("step", 7)``."""
-    text = "/".join(map(str, (seed, *path)))
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+    number = number_of(seed, *path)
     torch.manual_seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002 - the global generator is what a user's dataset may draw from
     random.seed(number)
+
+
+def number_of(seed: int, *path: object) -> int:
+    """Return the number that generators are seeded with for one purpose."""
+    text = "/".join(map(str, (seed, *path)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, ReferenceSyntaxError, StoreError
 from loraforge_registry.export import write_file
-from loraforge_registry.files import CHUNK, Buffer, Files
+from loraforge_registry.files import Files
 from loraforge_registry.header import header_length, parse_header
 from loraforge_registry.ingest import MAX_README, Incoming, examine
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.records import Record, Records, by_need, decode_record
 from loraforge_registry.sessions import Session
+from loraforge_registry.system import CHUNK, Buffer
 from loraforge_registry.trees import TreeRecord, untruths
 
 MAGIC = b"loraforge-bundle 1\n"

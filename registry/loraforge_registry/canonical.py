@@ -17,6 +17,7 @@ MAX_DEPTH = 32
 # A byte can be an empty list of 56: bytes alone bound neither memory nor time. Some 100,000 tensors fit.
 MAX_CONTAINERS = 250_000
 MAX_VALUES = 1_000_000
+_LEAVES = (str, int, bytes, type(None))
 
 
 def encode(value: Value, *, max_bytes: int | None = MAX_BYTES) -> bytes:
@@ -83,6 +84,12 @@ def _ordered(value: Value, depth: int, count: _Count) -> Value:
     """Return ``value`` with sorted maps, refusing what the format does not hold."""
     if depth < 0:
         raise ManifestError(f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, _LEAVES):  # most are: first
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value) or (value == 0 and math.copysign(1, value) < 0):
+            raise ManifestError(f"{value} is not a number that a manifest can hold")
+        return value
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise ManifestError("a map key that is not a string")
@@ -90,10 +97,6 @@ def _ordered(value: Value, depth: int, count: _Count) -> Value:
         return {key: _ordered(value[key], depth - 1, count) for key in sorted(count.add(value))}
     if isinstance(value, list | tuple):
         return [_ordered(item, depth - 1, count) for item in count.add(value)]
-    if isinstance(value, float) and (not math.isfinite(value) or (value == 0 and math.copysign(1, value) < 0)):
-        raise ManifestError(f"{value} is not a number that a manifest can hold")
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return value
     raise ManifestError(f"{type(value).__name__} is not a type that a manifest can hold")
 
 

@@ -17,12 +17,15 @@ from loraforge_registry.errors import (
     ReferenceSyntaxError,
     StoreError,
 )
-from loraforge_registry.files import DIRECTORIES, LOCKS, SHARDS, Files, read_chunks
+from loraforge_registry.files import Files
 from loraforge_registry.header import read_header
 from loraforge_registry.ingest import MAX_README, Incoming, examine
+from loraforge_registry.locks import LOCKS
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import RefName
+from loraforge_registry.new_store import DIRECTORIES, SHARDS
 from loraforge_registry.records import Record, Records, has, kind_of
+from loraforge_registry.system import read_chunks
 from loraforge_registry.trees import TreeRecord, untruths
 
 _ROOT = {directory.partition("/")[0] for directory in DIRECTORIES} | {"FORMAT", "index.sqlite"}

@@ -290,6 +290,8 @@ def _token_indices(value: Json) -> dict[str, tuple[int, ...]]:
     if not value:
         return {}
     by_module = value if isinstance(value, dict) else {"": value}
+    if isinstance(value, dict) and "" in value:  # it would be taken for the input embedding, which a list means
+        raise _wrong("trainable_token_indices", "", "names of embeddings, or a list for the input embedding")
     _few("trainable_token_indices", tuple(by_module))
     found: dict[str, tuple[int, ...]] = {}
     for module, indices in by_module.items():

@@ -10,6 +10,8 @@
     |-- NotFoundError (LookupError)          nothing has this name, digest or path
     |-- ConflictError                        the place is taken, or a ref moved meanwhile
     |-- StoreError                           a store that is not one, or is damaged
+    |   `-- DigestMismatchError              bytes that are not those their digest promises
+    |-- RemoteError (ConnectionError)        a remote that cannot be reached, or answers what it must not
     |-- InputOutputError (OSError)           the operating system said no
     `-- (loraforge.errors adds those of the algebra)
 
@@ -69,6 +71,16 @@ class StoreError(LoraforgeError):
     """A directory that is not a store, or a store whose contents are damaged."""
 
     kind = "bad_store"
+
+
+class DigestMismatchError(StoreError):
+    """Bytes that came, and are not those that their digest promises."""
+
+
+class RemoteError(LoraforgeError, ConnectionError):
+    """A remote that cannot be reached, does not let us in, or answers what it must not."""
+
+    kind = "remote"
 
 
 class InputOutputError(LoraforgeError, OSError):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from loraforge_registry import objects
 from loraforge_registry.errors import ConflictError, InputOutputError
-from loraforge_registry.files import Buffer, Files, named_error, remove_path, write_new
+from loraforge_registry.files import Files
 from loraforge_registry.manifest import File, Manifest
+from loraforge_registry.system import Buffer, named_error, remove_path, write_new
 
 
 def export(files: Files, manifest: Manifest, target: Path) -> None:
@@ -93,6 +94,25 @@ def write_file(target: Path, contents: Callable[[], Iterable[Buffer]]) -> int:
                 raise ConflictError(f"{target} exists already; name a new file, or remove it first") from None
         _sync(target.parent)
         return staging.stat().st_size
+    except OSError as error:
+        if isinstance(error, InputOutputError):
+            raise
+        raise named_error(error, target) from error
+    finally:
+        remove_path(staging)
+
+
+def replace_file(target: Path, data: Buffer) -> None:
+    """Write a file in place of what is there: it is the old one or the new one at any moment.
+
+    Raises:
+        InputOutputError: it cannot be written; the old one stays.
+    """
+    staging = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
+    try:
+        write_new(staging, [data])
+        staging.replace(target)
+        _sync(target.parent)
     except OSError as error:
         if isinstance(error, InputOutputError):
             raise

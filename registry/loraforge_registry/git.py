@@ -29,6 +29,14 @@ def blob_id(data: bytes) -> str:
     return object_id("blob", data)
 
 
+def git_id(chunks: Iterable[bytes | bytearray | memoryview], size: int) -> str:
+    """The same of a file that comes in pieces, whose length is known."""
+    sha1 = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for chunk in chunks:
+        sha1.update(chunk)
+    return sha1.hexdigest()
+
+
 def pointer(digest: Digest, size: int) -> bytes:
     """What git holds in place of a file that lies in LFS."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest.hex}\nsize {size}\n".encode()

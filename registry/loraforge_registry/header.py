@@ -60,6 +60,11 @@ class Header:
     data_start: int
     raw: bytes = field(repr=False)
 
+    @property
+    def size(self) -> int:
+        """The bytes of the whole file."""
+        return self.data_start + (self.tensors[-1].end if self.tensors else 0)
+
 
 def read_header(fd: int) -> Header:
     """Read and check the header of an open safetensors file, by pread; the file position does not move.
@@ -99,6 +104,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     text = raw.rstrip(b" ")
     if not text.startswith(b"{") or not text.endswith(b"}"):
         raise HeaderError("the header must begin with '{' and end with '}' and padding spaces only")
+    _check_count(text.count(b'"data_offsets"'))  # before it takes seconds to read them
     try:
         fields = strict_json.loads(text, max_bytes=MAX_HEADER, max_depth=4)
     except FormatError as error:
@@ -106,12 +112,16 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     if not isinstance(fields, dict):
         raise HeaderError("bad safetensors header: not an object")
     metadata = _metadata(fields.pop("__metadata__", {}))
-    if len(fields) > MAX_TENSORS:
-        raise HeaderError(f"{len(fields)} tensors; the limit is {MAX_TENSORS}")
+    _check_count(len(fields))
     tensors = sorted((_entry(name, entry) for name, entry in fields.items()), key=lambda t: (t.begin, t.end))
     data_start = 8 + len(raw)
     _check_tiling(tensors, file_size - data_start)
     return Header(tuple(tensors), metadata, data_start, raw)
+
+
+def _check_count(tensors: int) -> None:
+    if tensors > MAX_TENSORS:
+        raise HeaderError(f"{tensors} tensors; the limit is {MAX_TENSORS}")
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:

@@ -58,15 +58,36 @@ def write_summaries(root: Path, summaries: Mapping[Digest, Summary]) -> None:
             _insert(root, summaries.items())
 
 
+def read_result(root: Path, key: Digest) -> Digest | None:
+    """Return the artifact that a piece of work, known by ``key``, came to on this machine; None where nobody knows."""
+    try:
+        with closing(_connect(root, write=False)) as database:
+            found = database.execute("SELECT check_sum, artifact FROM result WHERE key = ?", [key.raw]).fetchone()
+    except sqlite3.Error:
+        return None
+    if found is None or not isinstance(found[1], bytes) or found[0] != _check_sum(key.raw, found[1]):
+        return None
+    return Digest.from_raw("sha256", found[1]) if len(found[1]) == 32 else None
+
+
+def write_result(root: Path, key: Digest, artifact: Digest) -> None:
+    """Remember what a piece of work came to; like every row, one that may be lost."""
+    row = (key.raw, _check_sum(key.raw, artifact.raw), artifact.raw)
+    with suppress(sqlite3.Error, OSError):
+        _write(root, "result (key BLOB PRIMARY KEY, check_sum BLOB, artifact BLOB)", [row])
+
+
 def _insert(root: Path, rows: Iterable[tuple[Digest, Summary]]) -> None:
     packed = [(digest.raw, row) for digest, summary in rows for row in [_pack(summary)]]
+    checked = [(digest, _check_sum(digest, row), row) for digest, row in packed]
+    _write(root, "summary (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB)", checked)
+
+
+def _write(root: Path, table: str, rows: Iterable[tuple[bytes, bytes, bytes]]) -> None:
     with closing(_connect(root, write=True)) as database, database:
         database.execute("PRAGMA synchronous = OFF")
-        database.execute("CREATE TABLE IF NOT EXISTS summary (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB)")
-        database.executemany(
-            "INSERT OR REPLACE INTO summary VALUES (?, ?, ?)",
-            [(digest, _check_sum(digest, row), row) for digest, row in packed],
-        )
+        database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        database.executemany(f"INSERT OR REPLACE INTO {table.split(maxsplit=1)[0]} VALUES (?, ?, ?)", rows)  # noqa: S608 - ours
 
 
 def _connect(root: Path, *, write: bool) -> sqlite3.Connection:

@@ -17,7 +17,7 @@ from loraforge_registry.canonical import Value
 from loraforge_registry.config import AdapterConfig, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, ManifestError, NotFoundError
-from loraforge_registry.files import Buffer, Files, named_error, read_chunks
+from loraforge_registry.files import Files
 from loraforge_registry.header import Header, read_header
 from loraforge_registry.layout import Layout, content_id, read_layout
 from loraforge_registry.manifest import (
@@ -33,18 +33,23 @@ from loraforge_registry.manifest import (
     encode_manifest,
 )
 from loraforge_registry.sessions import Session
+from loraforge_registry.system import Buffer, named_error, read_chunks
 
 MAX_README = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """The files of one adapter, about to be stored: ``chunks`` is the whole weights file in order."""
+    """The files of one adapter, about to be stored: ``chunks`` is the whole weights file in order.
+
+    ``weights`` is the digest that they must have, where that is known before they come.
+    """
 
     config: bytes
     header: Header
     chunks: Iterable[Buffer]
     readme: bytes | None = None
+    weights: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +132,16 @@ def ingest(
     *,
     derivation: Derivation | None = None,
     report: Mapping[str, Value] | None = None,
+    expected: Digest | None = None,
 ) -> Artifact:
     """Check, hash and store one adapter; every object is durable when this returns.
 
+    ``expected`` is the artifact that it must be; ``incoming.weights`` must be known for that.
+
     Raises:
-        FormatError: the config, the header, or the two together are refused; nothing is stored.
+        FormatError: the config, the header, or the two together are refused, or it is another artifact than
+            ``expected``; nothing is stored.
+        DigestMismatchError: the weights are not those that were announced; nothing is stored.
         ConflictError: the weights changed while they were read.
     """
     manifest_of = partial(_manifest, *_check(incoming), derivation=derivation, report=report)
@@ -140,8 +150,14 @@ def ingest(
     except ManifestError as error:
         raise FormatError(f"no manifest can hold its {len(incoming.header.tensors)} tensors: {error}") from error
     hasher = TensorHasher(incoming.header)
+
+    def check() -> None:
+        hasher.check_complete()
+        if expected is not None:
+            _check_artifact(manifest_of(hasher.tensors, _files(incoming)), expected)
+
     weights, size = objects.put(
-        files, session, objects.BLOBS, incoming.chunks, observe=hasher.feed, check=hasher.check_complete
+        files, session, objects.BLOBS, incoming.chunks, expected=incoming.weights, observe=hasher.feed, check=check
     )
     stored = [File(WEIGHTS_FILE, weights, size)]
     for path, data in _small_files(incoming):
@@ -227,6 +243,20 @@ class TensorHasher:
 def _check(incoming: Incoming) -> tuple[AdapterConfig, Layout]:
     config = parse_config(incoming.config)
     return config, read_layout(config, incoming.header.tensors)
+
+
+def _files(incoming: Incoming) -> list[File]:
+    """The files as the manifest will list them; the digest of the weights must be known."""
+    if incoming.weights is None:
+        raise ManifestError("which artifact this is cannot be said before its weights have come")
+    small = [File(path, Digest.of(data), len(data)) for path, data in _small_files(incoming)]
+    return [File(WEIGHTS_FILE, incoming.weights, incoming.header.size), *small]
+
+
+def _check_artifact(manifest: Manifest, expected: Digest) -> None:
+    found = Digest.of(encode_manifest(manifest))
+    if found != expected:
+        raise ManifestError(f"its files make the artifact {found}, it was announced as {expected}")
 
 
 def _small_files(incoming: Incoming) -> list[tuple[str, bytes]]:

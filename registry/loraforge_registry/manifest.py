@@ -233,7 +233,7 @@ def _derivation(value: Value) -> Derivation:
         operation=typed("operation", fields["operation"], str),
         version=integer("version", fields["version"]),
         inputs=tuple(_input(item) for item in typed("inputs", fields["inputs"], list)),
-        parameters=_scalars("parameters", fields["parameters"]),
+        parameters=_parameters(fields["parameters"]),
     )
 
 
@@ -289,6 +289,15 @@ def _report(value: Value) -> dict[str, Value]:
     for row in (_scalars("report", fields), *rows):
         typed("report error", row.get("error", 0.0), float)
     return typed("report", value, dict)
+
+
+def _parameters(value: Value) -> dict[str, Value]:
+    """Scalars, and arrays of them."""
+    fields: dict[str, Value] = typed("parameters", value, dict)
+    for key, item in fields.items():
+        for each in item if isinstance(item, list) else [item]:
+            _scalars("parameters", {key: each})
+    return fields
 
 
 def _scalars(what: str, value: Value) -> dict[str, Value]:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import NotFoundError, ReferenceSyntaxError, StoreError
-from loraforge_registry.files import SHARDS, Buffer, Files, Temporary, read_chunks
+from loraforge_registry.errors import DigestMismatchError, NotFoundError, ReferenceSyntaxError, StoreError
+from loraforge_registry.files import Files, Temporary
+from loraforge_registry.new_store import SHARDS
 from loraforge_registry.sessions import Session
+from loraforge_registry.system import Buffer, read_chunks
 
 BLOBS = "blobs/sha256"
 MANIFESTS = "manifests/sha256"
@@ -34,14 +36,14 @@ def put(
     Cost: one read of ``chunks``, one write; SHA-256, ``observe`` and the write run side by side.
 
     Raises:
-        StoreError: the bytes are not those of ``expected``; nothing is published.
+        DigestMismatchError: the bytes are not those of ``expected``; nothing is published.
         InputOutputError: the bytes could not be written; nothing is left but what is in ``tmp/`` after a crash.
     """
     temporary = files.new_temporary(session.name)
     try:
         digest, size = _write_hashed(files, temporary, chunks, observe)
         if expected is not None and digest != expected:
-            raise StoreError(f"expected {expected}, the bytes that came are {digest}")
+            raise DigestMismatchError(f"expected {expected}, the bytes that came are {digest}")
         if check is not None:
             check()
         session.pin(digest)

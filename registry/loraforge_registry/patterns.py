@@ -17,10 +17,17 @@ from loraforge_registry.errors import ConfigError
 
 MAX_PATTERN = 8192
 TIME_LIMIT = 1.0  # seconds for all matches of one config; honest patterns take a thousandth
+ATTENTION = r"(?i)(.*\.)?[^.]*att(n|ention)[^.]*\..*"  # what "attention" means as a target
 
 _PLAIN = re.compile(r"[\w.\-]*")
-# a brace that re takes as text and regex as a fuzzy match
-_FUZZY = re.compile(r"(?<!\\)(?:\\\\)*\{(?![0-9]*(?:,[0-9]*)?\})")
+# What re and regex read differently, and the way out. A brace can begin a fuzzy match, [: a POSIX class.
+_DIFFERENT = (
+    (re.compile(r"(?<!\\)(?:\\\\)*\{(?![0-9]*(?:,[0-9]*)?\})"), "write \\{ for a brace that is not a repeat"),
+    (
+        re.compile(r"(?<!\\)(?:\\\\)*\[:"),
+        "write \\[ for a bracket before a colon",
+    ),
+)
 
 V = TypeVar("V")
 
@@ -83,8 +90,9 @@ def _compile(pattern: str) -> Any:  # noqa: ANN401 - regex has no types
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # re warns where a later syntax may mean something else
             re.compile(pattern)
-        if _FUZZY.search(pattern):
-            raise ConfigError(f"{pattern[:100]!r}: write \\{{ for a brace that is not a repeat")
+        for different, instead in _DIFFERENT:
+            if different.search(pattern):
+                raise ConfigError(f"{pattern[:100]!r}: {instead}")
         return regex.compile(pattern)
     except (re.error, regex.error, FutureWarning, DeprecationWarning) as error:
         raise ConfigError(f"{pattern[:100]!r} is not a regular expression: {error}") from error

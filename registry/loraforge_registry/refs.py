@@ -13,6 +13,7 @@ from loraforge_registry.names import RefName
 from loraforge_registry.sessions import Session
 
 _LINE = 72  # "sha256:", 64 digits, a newline
+_LATEST = 253_402_300_799  # the end of the year 9999: what a date can show
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _record(move: Move) -> bytes:
         str(move.old or "-"),
         str(move.new or "-"),
         move.tag,
-        quote(move.who),
+        quote(move.who, errors="backslashreplace"),  # a user's name need not be Unicode
         quote(move.what),
     ]
     text = " ".join(fields).encode()
@@ -168,9 +169,10 @@ def _parse_record(line: bytes) -> Move | None:
         return None
     when, old, new, tag, who, what = fields
     try:
-        return Move(int(when), _digest(old), _digest(new), RefName("any", tag).tag, unquote(who), unquote(what))
+        move = Move(int(when), _digest(old), _digest(new), RefName("any", tag).tag, unquote(who), unquote(what))
     except ValueError:
         return None
+    return move if abs(move.time) <= _LATEST and _record(move) == line + b"\n" else None  # one spelling, one record
 
 
 def _digest(text: str) -> Digest | None:

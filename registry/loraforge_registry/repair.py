@@ -4,16 +4,20 @@ What is replaced is kept in ``quarantine/``; what cannot be replaced stays where
 """
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from loraforge_registry import objects, refs
 from loraforge_registry.canonical import MAX_BYTES
 from loraforge_registry.check import Problem
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import NotFoundError, StoreError
-from loraforge_registry.files import Buffer, Files
+from loraforge_registry.files import Files
 from loraforge_registry.names import RefName
 from loraforge_registry.records import decode_record, has
 from loraforge_registry.sessions import Session, open_session
+
+if TYPE_CHECKING:
+    from loraforge_registry.system import Buffer
 
 
 def repair(files: Files, problems: Iterable[Problem], source: Files | None = None) -> list[str]:

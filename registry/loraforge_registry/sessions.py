@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import InputOutputError
-from loraforge_registry.files import READ_ONLY, Files
+from loraforge_registry.files import Files
+from loraforge_registry.system import READ_ONLY
 
 _PIN = re.compile(rb"sha256:([0-9a-f]{64})")  # searched for: a pin that was cut short does not hide the next
 _CANNOT_PIN = (*READ_ONLY, errno.ENOSPC, errno.EDQUOT)

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraforge_registry import bundle, index, names, objects, refs
@@ -23,7 +23,7 @@ from loraforge_registry.errors import (
     StoreError,
 )
 from loraforge_registry.export import export, export_tree
-from loraforge_registry.files import Files, check_format, make_store
+from loraforge_registry.files import Files
 from loraforge_registry.index import Summary
 from loraforge_registry.ingest import Incoming, ingest, open_source
 from loraforge_registry.layout import Layout, read_layout
@@ -34,8 +34,10 @@ from loraforge_registry.manifest import (
     Derivation,
     File,
     Manifest,
+    encode_manifest,
 )
 from loraforge_registry.names import Reference, RefName
+from loraforge_registry.new_store import check_format, make_store
 from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.records import Record, Records, has
 from loraforge_registry.refs import Move
@@ -43,6 +45,7 @@ from loraforge_registry.repair import repair
 from loraforge_registry.repositories import RepositoryRecord
 from loraforge_registry.sessions import Session, open_session, reading
 from loraforge_registry.shown import repository_at, shown
+from loraforge_registry.system import Buffer
 from loraforge_registry.trees import TreeRecord, encode_tree, untruths
 
 
@@ -78,6 +81,11 @@ class Store:
         self._files: Files | None = Files(self.path) if check_format(self.path) else None
         self._own = threading.local()  # a session belongs to one thread
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a store; one that is not is made at the first write."""
+        return self._files is not None
+
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Keep all that is put, tagged or read in the block from collection until its end; blocks may nest."""
@@ -104,24 +112,42 @@ class Store:
         report: Mapping[str, Value] | None = None,
         name: RefName | None = None,
         force: bool = False,
+        expected: Digest | None = None,
     ) -> Artifact:
         """Store an adapter and, with ``name``, point that ref at it.
 
         The tag ``latest`` moves freely; any other moves only with ``force``, or to where it is already.
 
         Raises:
-            FormatError: the adapter is refused; nothing is stored.
+            FormatError: the adapter is refused, or is not the artifact ``expected``; nothing is stored.
             ConflictError: the tag means another artifact; the adapter is stored, and reachable by its digest.
         """
         files = self._writable()
         with self.session() as session:
             session.pin(*(derivation.artifacts() if derivation else ()))
-            artifact = ingest(files, session, incoming, derivation=derivation, report=report)
+            artifact = ingest(files, session, incoming, derivation=derivation, report=report, expected=expected)
             if name is not None:
                 what = "push" if derivation is None else derivation.operation
                 self._move(session, artifact.digest, name, force=force, what=what)
             index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
         return artifact
+
+    def put_again(
+        self, digest: Digest, derivation: Derivation, *, report: Mapping[str, Value] | None = None
+    ) -> Artifact:
+        """Record the files of an artifact a second time, as made otherwise; nothing is copied.
+
+        Raises:
+            NotFoundError: it is not in the store.
+        """
+        files = self._writable()
+        with self.session() as session:
+            session.pin(digest, *derivation.artifacts())
+            self._make_durable(digest)
+            again = replace(self.manifest(digest), derivation=derivation, report=report)
+            session.pin(*again.blobs)
+            found, _ = objects.put(files, session, objects.MANIFESTS, [encode_manifest(again)])
+        return Artifact(found, again.content_id)
 
     def put_tree(self, tree: TreeRecord, name: RefName, *, expected: Digest | None, what: str) -> Digest:
         """Store a tree whose nodes are in the store, and move ``name`` from ``expected`` to it; return its digest.
@@ -304,6 +330,14 @@ class Store:
         """Read one small file of an artifact, checked against its digest."""
         return objects.read_all(self._readable(), objects.BLOBS, file.digest, limit)
 
+    def holds(self, file: File) -> bool:
+        """Whether a file's bytes are there, whole; they are read and hashed."""
+        return self._files is not None and objects.is_whole(self._files, objects.BLOBS, file.digest, file.size)
+
+    def chunks(self, file: File) -> Iterator[Buffer]:
+        """Yield a file's bytes; what is damaged raises at its end (see ``objects.verified``)."""
+        return objects.verified(self._readable(), objects.BLOBS, file.digest, file.size)
+
     @contextmanager
     def open_weights(self, manifest: Manifest) -> Iterator[int]:
         """Open the weights of an artifact; their length is checked, their bytes are not."""
@@ -430,6 +464,23 @@ class Store:
     def has(self, digest: Digest) -> bool:
         """Whether the store holds an artifact."""
         return self._files is not None and has(self._files, digest)
+
+    def recall(self, work: Digest) -> Digest | None:
+        """Return the artifact that ``remember`` was told of for this work, if it is here still.
+
+        Within ``session`` it stays until the session's end.
+        """
+        found = None if self._files is None else index.read_result(self.path, work)
+        if found is None:
+            return None
+        session: Session | None = getattr(self._own, "session", None)
+        if session is not None:
+            session.pin(found)
+        return found if self.has(found) else None
+
+    def remember(self, work: Digest, artifact: Digest) -> None:
+        """Keep in the index what a piece of work came to, so that nobody does it twice; the row may be lost."""
+        index.write_result(self._writable().root, work, artifact)
 
     def _shown(
         self, ref: RefName, found: Digest | StoreError, known: Mapping[Digest, Summary]

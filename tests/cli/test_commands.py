@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import loraforge as lf
+from loraforge_cli.commands.tree import TABLE as TREE
 from loraforge_cli.main import COMMANDS
 from loraforge_cli.output import WIDTH
 from loraforge_registry.store import Store
@@ -204,11 +205,11 @@ def test_the_command_line_offers_every_method():
     assert list(choices) == list(METHODS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"tree {name}" for name in TREE)])
 def test_every_command_has_help(run, command):
-    ran = run(command, "--help")
+    ran = run(*command.split(), "--help")
     assert ran.code == 0
-    assert "--json" in ran.out
+    assert "--json" in ran.out or command in ("tree", "serve")
 
 
 def test_completion_offers_names(two):

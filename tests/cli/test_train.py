@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,12 +151,14 @@ def test_a_dry_run_shows_the_plan_and_the_first_sample_and_stores_nothing(base, 
         "2",
     )
     shown = run(*command)
-    for fragment in ("trained  ", "of 24.4k", "24 samples", "steps    9", "training state", ">[["):
+    for fragment in ("trained  ", "of 24.4k", "24 samples", "steps    9", " at the peak: base ", ">[["):
         assert fragment in shown.out
     found = run(*command, "--json").json
     adapter = lf.inject(_model(base), lf.LoraConfig(rank=2)).adapter()
     assert found["trainable"] == adapter.parameters
-    assert found["bytes_of_training_state"] == 16 * adapter.parameters
+    assert (found["bytes_of_adapter"], found["bytes_of_moments"]) == (4 * adapter.parameters, 8 * adapter.parameters)
+    parts = sum(found[f"bytes_of_{name}"] for name in ("base", "adapter", "moments", "step"))
+    assert found["bytes_at_peak"] == parts > found["bytes_of_base"] >= 4 * found["parameters"]
     assert (found["steps"], found["samples"], found["truncated"]) == (9, 24, 0)
     assert run("ls", "--json").json == []
     assert run(*command, "--max-length", "6", "--json").json["truncated"] > 0
@@ -477,3 +480,33 @@ def test_a_parent_that_cannot_be_merged_is_refused_in_one_line(atop, base, data,
 )
 def test_targets_are_names_or_a_pattern(text, meant):
     assert targets(text) == meant
+
+
+def test_a_base_without_some_of_its_weights_is_refused(base, data, run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    done = run("train", "--base", tmp_path / "base", "--data", data, "--as", "x")
+    assert done.code == 2
+    assert "1 weights of the model are not there, the first is 'model.layers.0.self_attn.q_proj.weight'" in done.err
+
+
+def test_an_ending_that_the_base_cannot_say_is_named(spoken, data, run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lines = write(tmp_path / "abc.jsonl", {"prompt": "ab", "completion": "cd"})
+    command = ("train", "--data", lines, "--dry-run", "--base")
+    assert "never trained" not in run(*command, spoken).err
+    shutil.copytree(spoken, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    for other in (None, 9):
+        weights["lm_head.weight"][2] = 0.0 if other is None else weights["lm_head.weight"][other]
+        save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+        shown = run(*command, tmp_path / "base")
+        assert "answers end in token 2 ('</s>'), whose row in the base's head was never trained" in shown.err
+    with_head = run(*command, tmp_path / "base", "--modules-to-save", "lm_head", "--json")
+    assert "never trained" not in with_head.err
+    assert with_head.json["trainable"] > 16 * 32

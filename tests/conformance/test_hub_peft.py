@@ -51,11 +51,16 @@ def peft(server, token, home, *arguments):
     assert done.returncode == 0, done.stderr[-3000:] + server.log.read_text()[-3000:]
 
 
-def test_pushed_by_peft_stored_pulled_and_loaded_with_equal_logits(server, tmp_path, run):
-    import torch
+@pytest.fixture(scope="module")
+def pushed(server, tmp_path_factory):
+    """Where PEFT made a base, and left the logits of what it pushed."""
+    folder = tmp_path_factory.mktemp("pushed")
+    peft(server, server.add_user("me"), folder / "home", folder / "base", folder, "me/french-LoRA@push")
+    return folder
 
-    base, home = tmp_path / "base", tmp_path / "home"
-    peft(server, server.add_user("me"), home, base, tmp_path, "me/french-LoRA@push")
+
+def test_pushed_by_peft_stored_pulled_and_loaded_with_equal_logits(server, pushed, tmp_path, run):
+    import torch
 
     # the same adapter, on the server's machine, under a name of its own
     listed = run("--store", server.store, "--json", "ls").json
@@ -67,13 +72,13 @@ def test_pushed_by_peft_stored_pulled_and_loaded_with_equal_logits(server, tmp_p
     assert out.code == 0, out.err
     assert run("--store", server.store, "push", tmp_path / "out", "mine:v1").code == 0
 
-    peft(server, None, tmp_path / "other-home", base, tmp_path, "me/french-LoRA", "mine@v1")
-    expected = torch.load(tmp_path / "me-french-LoRA-push.pt")
+    peft(server, None, tmp_path / "home", pushed / "base", tmp_path, "me/french-LoRA", "mine@v1")
+    expected = torch.load(pushed / "me-french-LoRA-push.pt")
     assert torch.equal(expected, torch.load(tmp_path / "me-french-LoRA-.pt"))
     assert torch.equal(expected, torch.load(tmp_path / "mine-v1.pt"))
 
 
-def test_a_name_that_a_server_keeps_is_moved_only_there(server, tmp_path, run):
+def test_a_name_that_a_server_keeps_is_moved_only_there(server, pushed, run):
     (line, *_) = run("--store", server.store, "--json", "ls", "me--french-lora").json
     for name in ("me--french-lora", "me--french-lora:main", "me--french-lora:v9"):
         refused = run("--store", server.store, "tag", line["digest"], name)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import loraforge as lf
-from loraforge.layers import LoraConfig, inject
+from loraforge.layers import LoraConfig, inject, narrow, widen
 from loraforge.training import TrainConfig, train
 from loraforge.training.batches import count_labels
 from loraforge.training.losses import keeps_logits, loss_of
@@ -193,3 +193,45 @@ def test_what_is_trained_is_loaded_by_peft_and_computes_the_same(tmp_path):
 
         attach(base.eval(), adapter, trainable=False)
         assert torch.allclose(base(**batches[0]).logits, want, atol=1e-5)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, use_cache=False))
+
+
+@pytest.mark.parametrize("make_model", [make.llama(), gpt2], ids=["Llama", "GPT-2"])
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"dora": True}, {"bias": "all"}, {"init": "pissa"}], ids=str)
+def test_weights_that_are_cast_once_give_the_bits_of_weights_that_are_cast_each_time(make_model, options):
+    tokens = torch.randint(3, 32, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for once in (False, True):
+        torch.manual_seed(0)
+        model = make_model()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        injected = inject(model, LoraConfig(rank=4, targets=_some(model), **options))
+        for name, parameter in injected.parameters().items():
+            if name.endswith("lora.b"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        copies = narrow(model, torch.bfloat16 if once else None)
+        assert bool(copies) == once
+        plain = model(input_ids=tokens, labels=tokens).loss  # outside of autocast nothing changes
+        torch.manual_seed(1)
+        loss, _ = window_gradient(model, [{"input_ids": tokens, "labels": tokens}], count_labels, torch.bfloat16)
+        gradients = {name: parameter.grad.clone() for name, parameter in injected.parameters().items()}
+        widen(model)
+        injected.remove()
+        assert all("forward" not in module.__dict__ for module in model.modules())
+        if options.get("bias") is None:
+            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        found.append((float(plain.detach()), loss, gradients))
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.equal(gradient, found[1][2][name]) for name, gradient in found[0][2].items())
+
+
+def _some(model):
+    """Some linear layers, so that others stay frozen as they are."""
+    return tuple(
+        end for end in ("q_proj", "down_proj", "c_attn") if any(n.endswith(end) for n, _ in model.named_modules())
+    )

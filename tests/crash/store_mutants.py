@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from loraforge_registry import check as check_module
-from loraforge_registry import collect, files, ingest, objects, refs, repair, sessions
+from loraforge_registry import collect, files, ingest, new_store, objects, refs, repair, sessions
 from loraforge_registry import store as store_module
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
@@ -259,7 +259,7 @@ def repair_from_damage(world: World) -> list[str]:
     name = f"blobs/sha256/{blob.hex[:2]}/{blob.hex}"
     spoiled = world.root / "spoiled"
     restore(spoiled, world.start)
-    for path in files.DIRECTORIES:
+    for path in new_store.DIRECTORIES:
         (spoiled / path).mkdir(parents=True, exist_ok=True)
     (spoiled / name).chmod(0o644)
     (spoiled / name).write_bytes(b"\0" * (spoiled / name).stat().st_size)
@@ -357,7 +357,7 @@ def ref_always_renamed(real):
 
 
 def format_first() -> None:
-    real = files.make_store
+    real = new_store.make_store
 
     def early(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -365,7 +365,7 @@ def format_first() -> None:
             (root / name).mkdir(exist_ok=True)
         (root / "locks" / "gc").touch()
         if not (root / "FORMAT").exists():
-            files._write_format(root)
+            new_store._write_format(root)
         real.__globals__["os"].listdir = lambda path: [n for n in os.scandir(path) if n.name == "?"]
         real(root)
 
@@ -373,11 +373,11 @@ def format_first() -> None:
 
 
 def sync_path_except(skip: Callable[[Path], bool]) -> Patch:
-    return swap(files, "_sync_path", lambda real: lambda path: None if skip(path) else real(path))
+    return swap(new_store, "sync_path", lambda real: lambda path: None if skip(path) else real(path))
 
 
 def format_without_fsync() -> None:
-    real = files._write_format
+    real = new_store._write_format
 
     def write(root):
         os_fsync = os.fsync
@@ -387,7 +387,7 @@ def format_without_fsync() -> None:
         finally:
             os.fsync = os_fsync
 
-    files._write_format = write
+    new_store._write_format = write
 
 
 def compare_nothing() -> None:
@@ -425,12 +425,12 @@ def session_without_flock() -> None:
     real = Files.new_session
 
     def begin(self):
-        flock = files._flock
-        files._flock = lambda _fd, _how: True
+        flock = files.flock
+        files.flock = lambda _fd, _how: True
         try:
             return real(self)
         finally:
-            files._flock = flock
+            files.flock = flock
 
     Files.new_session = begin
 
@@ -452,12 +452,13 @@ def every_digest_is_whole(_files, area, digest, size=None):
 
 
 def blobs_first() -> None:
-    collect.AREAS = tuple(reversed(collect.AREAS))
+    real = collect._in_order
+    collect._in_order = lambda *given: reversed(list(real(*given)))
 
 
 def no_lineage() -> None:
-    real = collect.Manifests.reachable
-    collect.Manifests.reachable = lambda self, roots: (
+    real = collect.Records.reachable
+    collect.Records.reachable = lambda self, roots: (
         {digest: self.read(digest) for digest in list(roots)} or real(self, ())
     )
 
@@ -472,7 +473,7 @@ def doubt_ignored() -> None:
             return []
 
     collect.named = named
-    read = collect.Manifests.reachable
+    read = collect.Records.reachable
 
     def reachable(self, roots):
         found = {}
@@ -481,7 +482,7 @@ def doubt_ignored() -> None:
                 found |= read(self, [root])
         return found
 
-    collect.Manifests.reachable = reachable
+    collect.Records.reachable = reachable
 
 
 def published_unverified() -> None:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from loraforge_registry import collect
+from loraforge_registry import records
 from loraforge_registry.check import check
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import InputOutputError, LoraforgeError
-from loraforge_registry.files import AREAS, DIRECTORIES, FORMAT, SHARDS, Files
+from loraforge_registry.files import Files
+from loraforge_registry.new_store import AREAS, DIRECTORIES, FORMAT, SHARDS
 from tests.crash.store_faults import Shim
 from tests.crash.store_world import World, refs_of, snapshot
 
@@ -299,7 +300,7 @@ def _name_of(data: bytes) -> str:
     return Digest.of(data).hex
 
 
-collect.decode_manifest = lru_cache(maxsize=4096)(collect.decode_manifest)  # the same bytes, thousands of times
+records.decode_record = lru_cache(maxsize=4096)(records.decode_record)  # the same bytes, thousands of times
 
 
 def record(world: World, action: Callable[[], object]) -> tuple[Disk, list[Op]]:

@@ -1,6 +1,6 @@
 """``make torture``: every harness at full length, with a seed, and its figures.
 
-    python -m tests.crash.store_torture [--seed N] [--short] [faults pairs calls power mutants storm bits ...]
+    python -m tests.crash.store_torture [--seed N] [--short] [faults pairs calls power mutants storm bits index ...]
 
 The short form is what ``make test`` runs. Exits with 1 where anything was wrong, and says what.
 """
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
 from tests.bad_files import tensors, write_adapter
-from tests.crash import store_bits, store_mutants, store_power
+from tests.crash import store_bits, store_index, store_mutants, store_power
 from tests.crash.store_scenarios import (
     NEW_STORE,
     SCENARIOS,
@@ -199,6 +199,14 @@ def _bits(seed: int, short: bool, part: int, parts: int) -> store_bits.Flips:  #
         return store_bits.flip_all(made, metadata[part::parts], weights[part::parts])
 
 
+def index(seed: int, *, short: bool) -> Found:
+    """Every call that SQLite makes on the cache, in the real command."""
+    with world() as made:
+        found = store_index.strike_all(made, *((("pwrite64",), ("signal=SIGKILL",)) if short else ()))
+    points, wrong = (0, []) if found is None else (found.points, found.wrong)
+    return {"calls of the cache": points, "wrong": wrong}
+
+
 def _in_processes(work: Callable[..., object], jobs: list[tuple[object, ...]]) -> Iterator[object]:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         yield from [future.result() for future in [pool.submit(work, *job) for job in jobs]]
@@ -206,6 +214,7 @@ def _in_processes(work: Callable[..., object], jobs: list[tuple[object, ...]]) -
 
 SECTIONS: dict[str, Callable[..., Found]] = {
     "faults": faults, "pairs": pairs, "calls": calls, "power": power, "mutants": mutants, "storm": storms, "bits": bits,
+    "index": index,
 }  # fmt: skip
 
 

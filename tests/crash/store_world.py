@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraforge_cli.main import main
-from loraforge_registry import check, files, objects, refs
+from loraforge_registry import check, new_store, objects, refs
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.files import Files
@@ -95,8 +95,8 @@ def few_shards(root: Path, *snapshots: Snapshot) -> Iterator[None]:
     An object that belongs elsewhere has no directory, and its writer fails.
     """
     used = tuple(sorted({path.split("/")[2] for found in snapshots for path in found if path.startswith(OBJECTS)}))
-    before = files.SHARDS
-    for area in files.AREAS:
+    before = new_store.SHARDS
+    for area in new_store.AREAS:
         for shard in set(before) - set(used):
             (root / area / shard).rmdir()
     _set_shards(used)
@@ -104,13 +104,13 @@ def few_shards(root: Path, *snapshots: Snapshot) -> Iterator[None]:
         yield
     finally:
         _set_shards(before)
-        for area in files.AREAS:
+        for area in new_store.AREAS:
             for shard in set(before) - set(used):
                 (root / area / shard).mkdir(mode=0o700)
 
 
 def _set_shards(shards: tuple[str, ...]) -> None:
-    files.SHARDS = objects.SHARDS = check.SHARDS = shards
+    new_store.SHARDS = objects.SHARDS = check.SHARDS = shards
 
 
 def remove_outputs(root: Path) -> None:

@@ -56,7 +56,7 @@ def command(session: Session, *, before: str, after: str, every: bool) -> None:
     if outside:
         click.echo(f"beside the updates: {', '.join(outside[:3])}{' ...' if len(outside) > 3 else ''} differ")
     click.echo(f"updates: differ by {total:.3g} of |dW|\n")
-    click.echo(_table(rows, every=every))
+    click.echo(table_of(rows, every=every))
 
 
 def _print_settings(settings: dict[str, list[object]]) -> None:
@@ -121,7 +121,8 @@ def _outside(first: "Adapter", second: "Adapter") -> list[str]:
     return [key for key in keys if not same_tensor(before.get(key), after.get(key))]
 
 
-def _table(rows: "list[Difference]", *, every: bool) -> str:
+def table_of(rows: "list[Difference]", *, every: bool) -> str:
+    """Return the differences of updates, one line for all layers of a kind, or for each."""
     found = {row.target: row for row in rows}
     groups = {name: [name] for name in found} if every else by_layer(found)
     lines = []

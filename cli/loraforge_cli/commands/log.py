@@ -7,7 +7,8 @@ import click
 from loraforge_cli.describe import describe
 from loraforge_cli.lineage import names_by_digest, tree
 from loraforge_cli.options import SOURCE, Session, common, stored
-from loraforge_cli.output import emit, table
+from loraforge_cli.output import emit, note, table
+from loraforge_cli.tree_view import is_tree, show_tree
 from loraforge_registry.names import Reference
 from loraforge_registry.refs import Move
 from loraforge_registry.store import Store
@@ -21,9 +22,14 @@ def command(session: Session, *, source: str, reflog: bool) -> None:
     """Show which adapters one was made from, how, and those in turn."""
     store = session.store()
     if reflog:
-        _show_moves(session, store.reflog(source.partition(":")[0]))
+        show_moves(session, store.reflog(source.partition(":")[0]))
         return
-    described = describe(store, stored(store, source), Reference.parse(source).ref)
+    digest, ref = stored(store, source), Reference.parse(source).ref
+    if is_tree(store, digest):
+        show_tree(session, store, digest, ref)
+        note(f"what was done to it: loraforge tree log {source}", quiet=session.quiet)
+        return
+    described = describe(store, digest, ref)
     if session.as_json:
         emit(_lineage(store, described.as_json()))
     else:
@@ -44,7 +50,8 @@ def _lineage(store: Store, document: dict[str, object]) -> dict[str, object]:
     return {**{key: document[key] for key in keys}, "ancestors": found}
 
 
-def _show_moves(session: Session, moves: list[Move]) -> None:
+def show_moves(session: Session, moves: list[Move]) -> None:
+    """Print moves of a name, the newest first."""
     moves.reverse()  # newest first
     if session.as_json:
         emit(

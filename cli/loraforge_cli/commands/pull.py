@@ -1,31 +1,89 @@
-"""``loraforge pull``: a stored adapter as a plain directory."""
+"""``loraforge pull``: from a remote into the store, and out of the store as a plain directory."""
 
 import click
 
 from loraforge_cli.describe import describe
-from loraforge_cli.options import SOURCE, Session, common, refuse_url, stored
-from loraforge_cli.output import emit, one_line
+from loraforge_cli.options import SOURCE, Session, common, stored
+from loraforge_cli.output import emit, note, one_line, size
 from loraforge_cli.summary import line
+from loraforge_cli.tree_view import is_tree, print_tree, view
+from loraforge_registry.digest import Digest
+from loraforge_registry.names import RefName
 from loraforge_registry.paths import expand
+from loraforge_registry.store import Store
 
 
 @click.command("pull")
-@click.argument("name", type=SOURCE)
-@click.option("--to", "target", metavar="DIR", required=True, help="The directory to make.")
+@click.argument("name", metavar="NAME|URL", type=SOURCE)
+@click.option("--as", "new", metavar="NAME[:TAG]", help="What to call an adapter from a URL.")
+@click.option("--to", "target", metavar="DIR", help="The directory to make.")
+@click.option(
+    "--with-lineage", "lineage", is_flag=True, help="Also what it was made from, as far as the remote has it."
+)
+@click.option("--force", is_flag=True, help="Move a tag that means another adapter.")
 @common
-def command(session: Session, *, name: str, target: str) -> None:
-    """Write a stored adapter as a directory that PEFT loads, every byte checked.
+def command(session: Session, *, name: str, new: str | None, target: str | None, lineage: bool, force: bool) -> None:
+    """Write a stored adapter as a directory that PEFT loads; or get one from a remote. A tree is one for each path.
 
-    DIR must be new, empty, or hold this adapter already.
+    URL is hf://ORG/REPO[@REVISION] or file:///DIR#NAME[:TAG]. Every byte is hashed, what a push would refuse is
+    refused, and only what the store does not have is fetched. DIR must be new, empty, or hold this adapter already.
     """
-    refuse_url(name)
+    from loraforge_registry.remotes.address import is_url
+
     store = session.store()
-    digest = stored(store, name)
-    if not target:
+    if target == "":
         raise click.UsageError("--to is empty; name a new directory")
-    store.export(digest, expand(target))
-    described = describe(store, digest)
-    if session.as_json:
-        emit({**described.as_json(), "directory": target})
+    if is_url(name):
+        ref, digest, got = _from_remote(session, store, name, new, lineage=lineage, force=force)
+    elif new is not None or lineage or force:
+        raise click.UsageError(f"--as, --with-lineage and --force go with a URL; {name} is in the store already")
+    elif target is None:
+        raise click.UsageError(f"where to? Write loraforge pull {name} --to DIR")
     else:
-        click.echo(f"{one_line(target)}  {line(described)}")
+        ref, digest, got = None, stored(store, name), {}
+    if target is not None:
+        store.export(digest, expand(target))
+    if is_tree(store, digest):
+        print_tree(session, view(store, digest), directory=target)
+        return
+    described = describe(store, digest, ref)
+    if session.as_json:
+        emit({**described.as_json(), **got, **({"directory": target} if target is not None else {})})
+        return
+    click.echo(f"{one_line(target)}  {line(described)}" if target is not None else line(described))
+    if got and not session.quiet:
+        click.echo(f"{size(int(str(got['received'])))} fetched, {size(int(str(got['skipped'])))} here already")
+
+
+def _from_remote(
+    session: Session, store: Store, url: str, new: str | None, *, lineage: bool, force: bool
+) -> tuple[RefName, Digest, dict[str, object]]:
+    from loraforge_registry.remotes import open_remote, receive
+
+    wanted = None if new is None else RefName.parse(new)
+    with open_remote(url) as remote:
+        offer = remote.offer()
+        ref = wanted or offer.name
+        if ref is None:
+            raise click.UsageError(f"{url}: under which name? Add --as NAME[:TAG]")
+        before = store.lookup(ref)
+        got = receive(store, remote, offer, ref, force=force, lineage=lineage, what=f"pull {offer.where}")
+    for text in offer.notes:
+        note(text, quiet=session.quiet)
+    if before is not None and before != got.digest:
+        note(f"{ref} moved from sha256:{before.short}", quiet=session.quiet)
+    for parent in got.missing:
+        hint = "which the remote does not have" if lineage else "which is not here: --with-lineage asks the remote"
+        note(f"made from sha256:{parent.short}, {hint}", quiet=session.quiet)
+    missing = [str(parent) for parent in got.missing]
+    return (
+        ref,
+        got.digest,
+        {
+            "remote": offer.where,
+            "received": got.received,
+            "skipped": got.skipped,
+            "missing": missing,
+            "notes": list(offer.notes),
+        },
+    )

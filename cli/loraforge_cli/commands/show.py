@@ -8,6 +8,7 @@ from loraforge_cli.describe import Described, describe
 from loraforge_cli.lineage import names_by_digest, tree
 from loraforge_cli.options import SOURCE, Session, common, refuse_url
 from loraforge_cli.output import by_layer, count, emit, facts, size, spread, table
+from loraforge_cli.tree_view import is_tree, show_tree
 from loraforge_registry.ingest import examine, open_adapter
 from loraforge_registry.names import Reference
 from loraforge_registry.paths import expand, is_path
@@ -18,7 +19,7 @@ from loraforge_registry.paths import expand, is_path
 @click.option("--all", "every", is_flag=True, help="One line a target, not one for all layers.")
 @common
 def command(session: Session, *, source: str, every: bool) -> None:
-    """Show rank, targets, base, errors, lineage, digests and size of an adapter.
+    """Show rank, targets, base, errors, lineage, digests and size of an adapter, or a tree.
 
     SOURCE is a name or digest in the store, or a PEFT directory.
     """
@@ -28,7 +29,11 @@ def command(session: Session, *, source: str, every: bool) -> None:
         with open_adapter(expand(source)) as incoming:
             described = Described(None, *examine(incoming))
     else:
-        described = describe(store, store.resolve(source), Reference.parse(source).ref)
+        digest, ref = store.resolve(source), Reference.parse(source).ref
+        if is_tree(store, digest):
+            show_tree(session, store, digest, ref)
+            return
+        described = describe(store, digest, ref)
     if session.as_json:
         emit(described.as_json())
         return

@@ -19,6 +19,8 @@ from loraforge.training.data.tokens import Row
 from loraforge.training.streams import seed_all
 
 Batch = dict[str, Tensor]
+_REACH = 50
+"""Batches within which rows of like lengths are looked for: enough to find them, few enough to stay at random."""
 
 
 @dataclass(frozen=True)
@@ -31,47 +33,94 @@ class Loader:
     seed: int
     pad: int
     pack_dtype: torch.dtype | None = None
+    grouped: bool = False
 
     def __len__(self) -> int:
         return math.ceil(len(self.bins) / self.size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Give the batches in the order of the data, as evaluation wants them."""
-        return iter(_Lazy(self, tuple(range(len(self.bins)))))
+        return iter(_Lazy(self, self._cut(range(len(self.bins)))))
 
-    def epoch(self, number: int) -> "Sequence[Batch]":
-        """Return the batches of an epoch; every row is in one of them."""
+    def epoch(self, number: int) -> "_Lazy":
+        """Return the batches of an epoch; every row is in one of them.
+
+        ``grouped``, rows of like lengths share a batch, so that there is less to fill up: of each 50 batches' worth of
+        the shuffled rows the longest come first, and then whole batches are shuffled.
+        """
         seed_all(self.seed, "order", number)
-        return _Lazy(self, tuple(torch.randperm(len(self.bins)).tolist()))
+        order = torch.randperm(len(self.bins)).tolist()
+        if not self.grouped:
+            return _Lazy(self, self._cut(order))
+        reach = _REACH * self.size
+        near = (sorted(order[at : at + reach], key=self._length, reverse=True) for at in range(0, len(order), reach))
+        parts = [part for places in near for part in self._cut(places)]
+        return _Lazy(self, [parts[place] for place in torch.randperm(len(parts)).tolist()])
+
+    def _cut(self, order: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(order[at : at + self.size]) for at in range(0, len(order), self.size)]
+
+    def _length(self, place: int) -> int:
+        return sum(len(self.rows[row].ids) for row in self.bins[place])
+
+    def heaviest(self, epochs: int = 1) -> list[Batch]:
+        """Return the batches that memory is decided by: of the most tokens, and of the most that are learned.
+
+        Looked for in the first epochs, 8 at most: orders are known before, lengths too.
+        """
+        batches = [part for number in range(min(epochs, 8)) for part in self.epoch(number).parts]
+        tokens = max(batches, key=lambda part: (self._width(part) * len(part), self._learned(part)))
+        learned = max(batches, key=lambda part: (self._learned(part) * len(part), self._width(part)))
+        return [self.batch(part) for part in dict.fromkeys((tokens, learned))]
+
+    def batch(self, places: Sequence[int]) -> Batch:
+        """Return the batch of some bins."""
+        lines = [[self.rows[row] for row in self.bins[place]] for place in places]
+        if self.pack_dtype is None:
+            return padded([line[0] for line in lines], self.pad)
+        return packed(lines, self.pad, self.pack_dtype)
+
+    def _width(self, places: Sequence[int]) -> int:
+        return max(map(self._length, places))
+
+    def _learned(self, places: Sequence[int]) -> int:
+        """The positions with a label in some line, whose logits are computed."""
+        found: set[int] = set()
+        for place in places:
+            labels = [label for row in self.bins[place] for label in self.rows[row].labels]
+            found.update(at for at, label in enumerate(labels) if label != IGNORED)
+        return len(found)
 
 
 class _Lazy(Sequence[Batch]):
     """Batches that are made when they are asked for."""
 
-    def __init__(self, loader: Loader, order: tuple[int, ...]) -> None:
-        self._loader, self._order = loader, order
+    def __init__(self, loader: Loader, parts: Sequence[tuple[int, ...]]) -> None:
+        self._loader, self.parts = loader, parts
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.parts)
 
     def __getitem__(self, number):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN204 - Sequence's two overloads
-        loader = self._loader
         if not 0 <= number < len(self):
             raise IndexError(number)
-        chosen = self._order[number * loader.size : (number + 1) * loader.size]
-        lines = [[loader.rows[row] for row in loader.bins[place]] for place in chosen]
-        if loader.pack_dtype is None:
-            return padded([line[0] for line in lines], loader.pad)
-        return packed(lines, loader.pad, loader.pack_dtype)
+        return self._loader.batch(self.parts[number])
 
 
 def make_loader(
-    rows: Sequence[Row], size: int, *, seed: int, pad: int, max_length: int, pack_dtype: torch.dtype | None = None
+    rows: Sequence[Row],
+    size: int,
+    *,
+    seed: int,
+    pad: int,
+    max_length: int,
+    pack_dtype: torch.dtype | None = None,
+    grouped: bool = False,
 ) -> Loader:
     """Return a loader of ``size`` lines a batch, packed with masks of type ``pack_dtype`` if one is given."""
     lengths = [len(row.ids) for row in rows]
     bins = [(row,) for row in range(len(rows))] if pack_dtype is None else best_fit(lengths, max_length)
-    return Loader(tuple(rows), tuple(bins), size, seed, pad, pack_dtype)
+    return Loader(tuple(rows), tuple(bins), size, seed, pad, pack_dtype, grouped)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:

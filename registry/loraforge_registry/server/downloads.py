@@ -8,12 +8,12 @@ import anyio.to_thread
 from starlette.responses import Response, StreamingResponse
 
 from loraforge_registry.digest import Digest
-from loraforge_registry.files import Buffer
 from loraforge_registry.repositories import CommittedFile
 from loraforge_registry.server import repos
 from loraforge_registry.server.call import Call, is_hex
 from loraforge_registry.server.errors import RefusedError, bad_request, no_entry
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.system import Buffer
 
 _RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 _OUT = anyio.CapacityLimiter(64)  # threads that read for downloads: never those that answer small requests

@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import StoreError
-from loraforge_registry.files import Buffer
 from loraforge_registry.server import quota, repos
 from loraforge_registry.server.api import known
 from loraforge_registry.server.call import Call, is_hex, list_field, size_field
 from loraforge_registry.server.commits import size_of
 from loraforge_registry.server.errors import RefusedError, bad_request, too_large
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.system import Buffer
 
 MEDIA = "application/vnd.git-lfs+json"
 MAX_PARTS = 10_000

@@ -10,10 +10,11 @@ from functools import lru_cache
 from loraforge_registry import objects, refs
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, NotFoundError, StoreError
-from loraforge_registry.files import Buffer, Files
+from loraforge_registry.files import Files
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.records import Record, Records
 from loraforge_registry.sessions import Session, open_session
+from loraforge_registry.system import Buffer
 
 _PIECE = 1024 * 1024
 _GENERATION = 3600.0  # seconds that what was uploaded waits for its commit, at least

@@ -13,7 +13,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from loraforge_registry.errors import InputOutputError, StoreError
-from loraforge_registry.files import Files, check_format, make_store
+from loraforge_registry.files import Files
+from loraforge_registry.new_store import check_format, make_store
 from loraforge_registry.server import xet
 from loraforge_registry.server.accounts import Accounts
 from loraforge_registry.server.app import LOG, App

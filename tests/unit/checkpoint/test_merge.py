@@ -1,5 +1,6 @@
 """Merge and unmerge of small checkpoints: bits, receipts, refusals."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import loraforge as lf
 from loraforge.adapter import LowRank
 from loraforge.checkpoint import output
-from loraforge.errors import CompositionError, ConflictError, NotFoundError, NumericalError
+from loraforge.checkpoint.staging import Staging
+from loraforge.errors import CompositionError, ConflictError, InputOutputError, NotFoundError, NumericalError
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 RATIOS = [1e-4, 1e-3, 5e-3, 0.1, 1.0]
@@ -211,10 +213,31 @@ def test_the_rest_of_the_directory_comes_along(base, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"old weights")
     (folder / "pytorch_model.bin.index.json").write_text("{}")
+    for name in ("1_Pooling/config.json", "original/consolidated.00.pth", "original/params.json", ".cache/etag"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
     result = lf.merge(folder, adapter(0.01), tmp_path / "merged")
-    assert (tmp_path / "merged" / "tokenizer.json").exists()
-    assert result.left_out == ("pytorch_model.bin", "pytorch_model.bin.index.json")
-    assert not (tmp_path / "merged" / "pytorch_model.bin").exists()
+    came = {str(p.relative_to(tmp_path / "merged")) for p in (tmp_path / "merged").rglob("*") if p.is_file()}
+    assert came == {"config.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors", "loraforge.receipt"}
+    assert result.left_out == (
+        "original/consolidated.00.pth",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
+
+
+def test_an_error_leaves_no_directory_of_those_that_came_along(base, tmp_path, monkeypatch):
+    folder = base()
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+
+    def full(*_):
+        raise InputOutputError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(Staging, "_write_receipt", full)  # the last that is written
+    with pytest.raises(InputOutputError):
+        lf.merge(folder, adapter(0.01), tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "default-store") == ["base"]
 
 
 def test_no_file_of_the_base_can_take_the_place_of_a_shard_in_the_making(base, tmp_path):

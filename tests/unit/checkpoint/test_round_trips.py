@@ -482,9 +482,10 @@ def test_what_comes_along_and_what_does_not(home):
     for name in [*others, *STALE, "old.safetensors"]:
         (base / name).write_bytes(name.encode())
     (base / "original").mkdir()
-    (base / "original" / "x.txt").write_text("not a file of the checkpoint")
+    for name in ("consolidated.00.pth", "params.json"):
+        (base / "original" / name).write_text("of another format")
     result = lf.merge(base, adapter, home / "merged")
-    assert sorted(result.left_out) == sorted([*STALE, "old.safetensors"])
+    assert sorted(result.left_out) == sorted([*STALE, "old.safetensors", "original/consolidated.00.pth"])
     index = "model.safetensors.index.json"
     shards = sorted(p.name for p in base.glob("model-*.safetensors"))
     assert sorted(os.listdir(home / "merged")) == sorted([*others, index, *shards, "loraforge.receipt"])

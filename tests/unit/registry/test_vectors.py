@@ -9,7 +9,6 @@ from loraforge_registry import canonical, refs
 from loraforge_registry.config import parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ManifestError
-from loraforge_registry.files import FORMAT
 from loraforge_registry.header import TensorEntry
 from loraforge_registry.layout import content_id, read_layout
 from loraforge_registry.manifest import (
@@ -22,6 +21,7 @@ from loraforge_registry.manifest import (
     decode_manifest,
     encode_manifest,
 )
+from loraforge_registry.new_store import FORMAT
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "registry" / "format-1.json").read_text())
 

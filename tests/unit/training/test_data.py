@@ -1,5 +1,6 @@
 """Data: formats by their keys, what is learned and what is masked, every row once an epoch, packing that isolates."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -182,9 +183,10 @@ def rows(count=23):
     return [Row(ids, (IGNORED, *ids[1:])) for ids in found]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_every_row_is_in_every_epoch_once(dtype):
-    loader = make_loader(rows(), 4, seed=3, pad=0, max_length=24, pack_dtype=dtype)
+def test_every_row_is_in_every_epoch_once(dtype, grouped):
+    loader = make_loader(rows(), 4, seed=3, pad=0, max_length=24, pack_dtype=dtype, grouped=grouped)
     orders = []
     for epoch in (0, 1, 0):
         batches = loader.epoch(epoch)
@@ -195,6 +197,18 @@ def test_every_row_is_in_every_epoch_once(dtype):
     assert orders[0] != orders[1]
     expected = sorted(label for row in rows() for label in row.labels if label != IGNORED)
     assert sorted(orders[0]) == sorted(orders[1]) == expected
+
+
+def test_grouped_rows_leave_less_to_fill_up_and_are_still_shuffled():
+    many = [Row((5,) * length, (5,) * length) for length in range(2, 402)]
+    filled, widths = {}, {}
+    for grouped in (False, True):
+        batches = list(make_loader(many, 4, seed=0, pad=0, max_length=999, grouped=grouped).epoch(0))
+        filled[grouped] = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+        widths[grouped] = [batch["input_ids"].shape[1] for batch in batches]
+    assert filled[True] < filled[False] / 10
+    longer = sum(second > first for first, second in itertools.pairwise(widths[True]))
+    assert 30 < longer < 70, "batches come in no order of length"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -220,11 +234,12 @@ def test_packed_rows_do_not_see_each_other(attention):
         assert float((gradient - found[0][2]).norm() / found[0][2].norm()) < 1e-5
 
 
-def test_resume_with_packing_ends_in_the_same_bits(tmp_path):
+@pytest.mark.parametrize("options", [{"pack_dtype": torch.float32}, {"grouped": True}], ids=["packed", "grouped"])
+def test_resume_with_packing_ends_in_the_same_bits(options, tmp_path):
     torch.manual_seed(0)
     model = make.llama()()
     config = TrainConfig(rank=2, lr=1e-2, dropout=0.1, epochs=5, grad_accum=2, save_every=1)
-    loader = make_loader(rows(), 1, seed=0, pad=0, max_length=24, pack_dtype=torch.float32)
+    loader = make_loader(rows(), 1 if "pack_dtype" in options else 3, seed=0, pad=0, max_length=24, **options)
     seen = []
     whole = train(model, loader, config, on_step=seen.append)
     for step in range(len(seen)):

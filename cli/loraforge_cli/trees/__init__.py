@@ -1,0 +1,1 @@
+"""The commands of ``loraforge tree``, one a module."""

@@ -1,0 +1,92 @@
+"""An adapter as a combination of those that a store knows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from loraforge.adapter import Adapter, content_id
+from loraforge.compose import LATEST, Explanation
+from loraforge.compose import explain as combination
+from loraforge.registry import Registry, load
+from loraforge_registry.digest import Digest
+from loraforge_registry.manifest import Derivation
+from loraforge_registry.names import DEFAULT_TAG
+from loraforge_registry.paths import AnyPath
+from loraforge_registry.store import Store
+
+
+def explain(
+    source: Adapter | AnyPath,
+    registry: Registry | None = None,
+    *,
+    among: Sequence[AnyPath] = (),
+    derived: bool = False,
+    most: int = 16,
+) -> Explanation:
+    """Write an adapter as a combination of others, with the residual (the method: ``loraforge.compose.explain``).
+
+    Args:
+        source: the adapter: one in memory, a path, or a reference into the store.
+        registry: the store; without it the default one.
+        among: the adapters to write it by; without them those that have a name in the store or are in the adapter's
+            lineage, are of the same base, and were not themselves combined, selected or re-ranked.
+        derived: those that were, too, but for the ones made from this adapter.
+        most: how many to take at most.
+
+    Raises:
+        NotFoundError: it is not there.
+        CompositionError: it cannot be compared (DoRA, say), or there is nothing to compare it with.
+    """
+    registry = registry or Registry()
+    adapter = source if isinstance(source, Adapter) else load(source, registry=registry)
+    if among:
+        candidates = {str(other): load(other, registry=registry) for other in among}
+    else:
+        candidates = {
+            label: registry.load(str(digest)) for label, digest in _known(adapter, registry.store, derived=derived)
+        }
+    return combination(adapter, candidates, most=most)
+
+
+def _known(adapter: Adapter, store: Store, *, derived: bool) -> Iterator[tuple[str, Digest]]:
+    """Yield the artifacts to compare with, one for each function, by a name where they have one."""
+    labels = _labels(store)
+    for digest in _ancestors(store, adapter.derivation):
+        labels.setdefault(digest, f"sha256:{digest.short}")
+    own = content_id(adapter)
+    seen = {own}
+    for digest, label in labels.items():
+        manifest = store.manifest(digest)
+        if manifest.content_id in seen or not _may_be_one_base(adapter.settings.base_name, manifest.base_name):
+            continue
+        if manifest.derivation is not None and manifest.derivation.operation in LATEST:
+            above = {store.manifest(d).content_id for d in _ancestors(store, manifest.derivation)}
+            if not derived or own in above:
+                continue
+        seen.add(manifest.content_id)
+        yield label, digest
+
+
+def _labels(store: Store) -> dict[Digest, str]:
+    """One name for each artifact that has one: a fixed tag rather than the moving latest."""
+    lines = sorted(store.ls(), key=lambda line: (line.ref.tag == DEFAULT_TAG, line.ref))
+    found: dict[Digest, str] = {}
+    for line in lines:
+        if line.digest is not None and line.problem is None:
+            found.setdefault(line.digest, str(line.ref))
+    return found
+
+
+def _ancestors(store: Store, derivation: Derivation | None) -> Mapping[Digest, None]:
+    """The artifacts that something was made from, and those in turn, as far as the store has them."""
+    found: dict[Digest, None] = {}
+    todo = list(derivation.artifacts()) if derivation else []
+    while todo:
+        digest = todo.pop()
+        if digest not in found and store.has(digest):
+            found[digest] = None
+            above = store.manifest(digest).derivation
+            todo += above.artifacts() if above else ()
+    return found
+
+
+def _may_be_one_base(one: str | None, other: str | None) -> bool:
+    return one is None or other is None or one == other

@@ -1,0 +1,127 @@
+"""The README.md of a repository: front matter that the Hub reads, and a card written from what is known."""
+
+import json
+import re
+from collections.abc import Iterator
+
+from loraforge_registry.digest import Digest
+from loraforge_registry.layout import Layout
+from loraforge_registry.manifest import Artifact, Derivation, Manifest
+from loraforge_registry.remotes.serving import vllm_flags
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_MODULES = 12  # named in the card; --json has all
+
+
+def front_matter(manifest: Manifest) -> str:
+    """Return the block with which the Hub lists an adapter under its base."""
+    base = base_on_hub(manifest)
+    lines = ["library_name: peft"]
+    if base:
+        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
+    tags = ["lora", *([f"base_model:adapter:{base}"] if base else [])]
+    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def with_front_matter(readme: bytes, manifest: Manifest) -> bytes:
+    """Return a person's README, with a block in front where it has none; their text stays as it is, to the byte."""
+    if readme.startswith((b"---\n", b"---\r\n", b"\xef\xbb\xbf---")):
+        return readme
+    return front_matter(manifest).encode() + b"\n" + readme
+
+
+def lacks_base(readme: bytes, manifest: Manifest) -> bool:
+    """Whether a README's own front matter does not name the base, without which the Hub does not list it there."""
+    head = re.match(rb"(?:\xef\xbb\xbf)?---\r?\n(.*?)\r?\n---", readme, re.DOTALL)
+    return base_on_hub(manifest) is not None and (head is None or b"base_model:" not in head[1])
+
+
+def base_on_hub(manifest: Manifest) -> str | None:
+    """The base's id on the Hub; a path on somebody's disk is none."""
+    name = manifest.base_name
+    return name if name is not None and _REPO_ID.fullmatch(name) and not name.startswith(".") else None
+
+
+def card(repo: str, digest: Digest, manifest: Manifest, layout: Layout) -> bytes:
+    """Return a model card; equal artifacts give equal cards."""
+    body = [
+        f"# {repo.partition('/')[2]}",
+        "",
+        f"A LoRA adapter{_for(manifest)}.",
+        "",
+        *_facts(digest, manifest, layout),
+        "",
+        *_loading(repo, manifest, layout),
+        *_lineage(manifest.derivation),
+    ]
+    return (front_matter(manifest) + "\n" + "\n".join(body).rstrip() + "\n").encode()
+
+
+def _for(manifest: Manifest) -> str:
+    base = base_on_hub(manifest)
+    return f" for [{base}](https://huggingface.co/{base})" if base else ""
+
+
+def _facts(digest: Digest, manifest: Manifest, layout: Layout) -> Iterator[str]:
+    ranks = sorted({target.rank for target in layout.targets.values()})
+    modules = sorted({name.rpartition(".")[2] for name in layout.targets})
+    shown = ", ".join(f"`{name}`" for name in modules[:_MODULES])
+    more = f" and {len(modules) - _MODULES} more" if len(modules) > _MODULES else ""
+    yield "| | |"
+    yield "|---|---|"
+    if manifest.base_revision and base_on_hub(manifest):
+        yield f"| base revision | `{_code(manifest.base_revision)}` |"
+    yield f"| rank | {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''} |"
+    yield f"| targets | {len(layout.targets)}: {shown}{more} |"
+    yield f"| parameters | {manifest.parameters:,} |"
+    yield f"| artifact | `{digest}` |"
+    yield f"| content | `{manifest.content_id}` |"
+
+
+def _loading(repo: str, manifest: Manifest, layout: Layout) -> Iterator[str]:
+    base = base_on_hub(manifest) or "BASE"
+    flags = vllm_flags(layout)
+    yield "## Loading"
+    yield ""
+    yield "```python"
+    yield "from peft import PeftModel"
+    yield "from transformers import AutoModelForCausalLM"
+    yield ""
+    yield f'base = AutoModelForCausalLM.from_pretrained("{base}")'
+    yield f'model = PeftModel.from_pretrained(base, "{repo}")'
+    yield "```"
+    yield ""
+    yield "```console"
+    options = f"--enable-lora{f' {flags}' if flags else ''} --lora-modules {repo.partition('/')[2]}={repo}"
+    yield f"$ vllm serve {base} {options}"
+    yield f"$ loraforge pull hf://{repo}      # every byte checked against the digest above"
+    yield "```"
+    yield ""
+
+
+def _lineage(derivation: Derivation | None) -> Iterator[str]:
+    if derivation is None:
+        return
+    yield "## Lineage"
+    yield ""
+    yield f"Made by `{_code(derivation.operation)}` from:"
+    yield ""
+    yield from _inputs(derivation, "")
+
+
+def _inputs(derivation: Derivation, indent: str) -> Iterator[str]:
+    for item in derivation.inputs:
+        weight = f"{item.weight:g} x " if len(derivation.inputs) > 1 or item.weight != 1 else ""
+        if isinstance(item.source, Derivation):
+            yield f"{indent}- {weight}`{_code(item.source.operation)}` of:"
+            yield from _inputs(item.source, indent + "  ")
+        elif isinstance(item.source, Artifact):
+            yield f"{indent}- {weight}`{item.source.digest}`"
+        else:
+            yield f"{indent}- {weight}content `{item.source}`"
+
+
+def _code(text: str) -> str:
+    """A text that a stranger may have written, between backticks: it stays there, on one line."""
+    return "".join(c for c in text[:100] if c.isprintable() and c not in "`|<>")
