@@ -1,11 +1,10 @@
-"""64 readers and 16 pushers that race for tags, the server killed and started again: what was acknowledged stays.
+"""64 readers, and 16 pushers that race for tags, while the server is killed and started: what was acknowledged stays.
 
     python -m tests.crash.server_storm [--seconds 60] [--readers 64] [--pushers 16]
 
 Every pusher keeps what the server acknowledged: commits, and tags that it won. At the end, with the server started once
 more: each such commit is in the history of its branch, each tag was won by one and means its commit, each file has its
-bytes, and fsck finds the store whole. Readers hash every byte; a read counts as small below 64 KB, and is timed while
-the server runs.
+bytes, and fsck finds the store whole. Readers hash every byte; what is timed is the description of a revision.
 """
 
 import argparse
