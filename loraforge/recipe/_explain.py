@@ -7,7 +7,7 @@ from loraforge.compose import LATEST, Explanation
 from loraforge.compose import explain as combination
 from loraforge.registry import Registry, load
 from loraforge_registry.digest import Digest
-from loraforge_registry.manifest import Derivation
+from loraforge_registry.manifest import Derivation, Manifest
 from loraforge_registry.names import DEFAULT_TAG
 from loraforge_registry.paths import AnyPath
 from loraforge_registry.store import Store
@@ -70,7 +70,7 @@ def _labels(store: Store) -> dict[Digest, str]:
     lines = sorted(store.ls(), key=lambda line: (line.ref.tag == DEFAULT_TAG, line.ref))
     found: dict[Digest, str] = {}
     for line in lines:
-        if line.digest is not None and line.problem is None:
+        if line.digest is not None and line.problem is None and isinstance(store.record(line.digest), Manifest):
             found.setdefault(line.digest, str(line.ref))
     return found
 

@@ -45,7 +45,7 @@ def command(
     A weight is any number; without one it is 1. Ranks add up, until --rank, --energy or --max-params brings them
     down to the best approximation, whose error is printed and recorded.
 
-    A recipe says all that itself (docs/recipes.md), step by step. Its inputs are pinned by digest in blend.lock, which
+    A recipe says all that itself, step by step. Its inputs are pinned by digest in blend.lock, which
     later runs follow until --update; a step that was done before is not done again.
     """  # noqa: D301 - click's mark for a line to leave as it is
     ref = _result_name(name, dry_run=dry_run)
