@@ -18,7 +18,7 @@ from loraforge_cli.demo_tasks import LENGTH, UNSEEN, prompt
 PREFIX = "base_model.model."
 WEIGHTS = {"french": 0.7, "law": 0.3}
 RANK = 16
-ALPHAS = {"french": 32, "law": 16}
+ALPHA = 32
 _VOCABULARY = 259
 
 

@@ -1,4 +1,7 @@
-"""Two tasks that a small model really learns: numbers spelt in French, and as the Roman numerals that laws count in."""
+"""Tasks that a small model really learns: numbers spelt in French, and as the Roman numerals that laws count in.
+
+And each of the two in the other case, which is little to learn for who knows the first.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,8 +10,6 @@ from typing import Any
 
 import torch
 
-from loraforge.adapter import Adapter
-from loraforge.layers import attach
 from loraforge.training.batches import count_labels
 from loraforge.training.data.formats import read_samples
 from loraforge.training.data.loader import make_loader
@@ -47,15 +48,29 @@ def roman(number: int) -> str:
     return found
 
 
-TASKS: Mapping[str, Callable[[int], str]] = {"french": french, "law": roman}
+TASKS: Mapping[str, Callable[[int], str]] = {
+    "french": french,
+    "law": roman,
+    "french/loud": lambda number: french(number).upper(),
+    "law/quiet": lambda number: roman(number).lower(),
+}
+"""What each node of the demo's tree learns, by its path."""
+ROOTS = tuple(path for path in TASKS if "/" not in path)
+CHILDREN = tuple(path for path in TASKS if "/" in path)
 
 
 def write_data(folder: Path) -> None:
     """Write ``<task>.jsonl`` to train on, and ``<task>-unseen.jsonl`` to judge by."""
-    for task, answer in TASKS.items():
+    for path, answer in TASKS.items():
+        task = file_of(path)
         for name, numbers in ((task, [n for n in NUMBERS if n not in UNSEEN]), (f"{task}-unseen", UNSEEN)):
             lines = [json.dumps({"prompt": prompt(n), "completion": answer(n)}) + "\n" for n in numbers]
             (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def file_of(path: str) -> str:
+    """What the files of a task are called: the last of its path."""
+    return path.rpartition("/")[2]
 
 
 def prompt(number: int) -> str:
@@ -63,18 +78,14 @@ def prompt(number: int) -> str:
     return f"{number:02} = "
 
 
-def judge(model: Any, adapter: Adapter | None, folder: Path) -> tuple[dict[str, float], list[str]]:  # noqa: ANN401 - transformers' models have no types here
-    """Return an adapter's mean loss on the unseen numbers of each task, and how it writes the ``EXAMPLES``."""
-    injected = None if adapter is None else attach(model, adapter, trainable=False)
+def judge(model: Any, folder: Path) -> tuple[dict[str, float], list[str]]:  # noqa: ANN401 - transformers' models have no types here
+    """Return a model's mean loss on the unseen numbers of each task, and how it writes the ``EXAMPLES``."""
     losses = {}
     for task in TASKS:
-        rows = tokenize(read_samples(folder / f"{task}-unseen.jsonl"), _TOKENS, LENGTH, "prompt").rows
+        rows = tokenize(read_samples(folder / f"{file_of(task)}-unseen.jsonl"), _TOKENS, LENGTH, "prompt").rows
         batches = make_loader(rows, len(rows), seed=0, pad=_TOKENS.pad, max_length=LENGTH)
         losses[task] = evaluate(model, batches, count_labels, None)
-    written = [_write(model, number) for number in EXAMPLES]
-    if injected is not None:
-        injected.remove()
-    return losses, written
+    return losses, [_write(model, number) for number in EXAMPLES]
 
 
 @torch.no_grad()

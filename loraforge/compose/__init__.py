@@ -1,6 +1,8 @@
 """Adapters to adapter: one method is one pure function and one row of the table."""
 
+from loraforge.compose._additive import Term
 from loraforge.compose._compare import Difference, compare, overall
+from loraforge.compose._exact_sum import exact_sum
 from loraforge.compose._explain import Explanation, Part, explain
 from loraforge.compose._linear import linear, stack
 from loraforge.compose._rerank import Reranked, RerankReport, TargetReport, rerank
@@ -19,8 +21,10 @@ __all__ = [
     "RerankReport",
     "Reranked",
     "TargetReport",
+    "Term",
     "check_parameters",
     "compare",
+    "exact_sum",
     "explain",
     "layers_of",
     "linear",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from loraforge.adapter import Adapter
 from loraforge.compose._additive import Term
+from loraforge.compose._exact_sum import exact_sum, itself
 from loraforge.compose._linear import linear
 from loraforge.compose._rerank import Reranked, check_criteria, rerank
 from loraforge.compose._select import check_selection, select
@@ -32,6 +33,8 @@ class Operation:
     source: str
     check: Callable[..., object] = lambda **_: None
     """Refuses parameters that can be seen to be wrong without an adapter."""
+    offered: bool = True
+    """Whether recipes and ``compose`` may ask for it: some are what trees do."""
 
 
 _RERANK: Mapping[str, Kind] = {
@@ -73,13 +76,34 @@ OPERATIONS: Mapping[tuple[str, int], Operation] = {
         source="mergekit's filters and gradients, arXiv:2403.13257",
         check=check_selection,
     ),
+    **{
+        (name, 1): Operation(
+            combine=exact_sum,
+            many=True,
+            parameters={"base": "text"},
+            summary=f"{summary}, in factors whose merge has the same bits",
+            source="the block form of a sum of products",
+            offered=False,
+        )
+        for name, summary in {
+            "flatten": "the sum of a path of a tree",
+            "squash": "the sum of a part of a path",
+            "rebase": "an update with the difference of two paths",
+        }.items()
+    },
+    **{
+        (name, 1): Operation(
+            combine=itself, many=True, parameters={}, summary=summary, source="the adapter itself", offered=False
+        )
+        for name, summary in {"graft": "made elsewhere, put into a tree", "move": "put onto another parent"}.items()
+    },
 }
 
 LATEST: Mapping[str, int] = {name: max(v for n, v in OPERATIONS if n == name) for name, _ in OPERATIONS}
 """The version of each operation that new work is done with."""
 
 METHODS: Mapping[str, Operation] = {
-    n: OPERATIONS[n, version] for n, version in LATEST.items() if OPERATIONS[n, version].many
+    n: row for n, version in LATEST.items() if (row := OPERATIONS[n, version]).many and row.offered
 }
 """The ways to combine several adapters."""
 

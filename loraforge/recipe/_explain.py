@@ -11,6 +11,7 @@ from loraforge_registry.manifest import Derivation, Manifest
 from loraforge_registry.names import DEFAULT_TAG
 from loraforge_registry.paths import AnyPath
 from loraforge_registry.store import Store
+from loraforge_registry.trees import TreeRecord
 
 
 def explain(
@@ -66,12 +67,18 @@ def _known(adapter: Adapter, store: Store, *, derived: bool) -> Iterator[tuple[s
 
 
 def _labels(store: Store) -> dict[Digest, str]:
-    """One name for each artifact that has one: a fixed tag rather than the moving latest."""
+    """One name for each artifact that has one: a fixed tag rather than the moving latest, or the path of a node."""
     lines = sorted(store.ls(), key=lambda line: (line.ref.tag == DEFAULT_TAG, line.ref))
     found: dict[Digest, str] = {}
     for line in lines:
-        if line.digest is not None and line.problem is None and isinstance(store.record(line.digest), Manifest):
+        if line.digest is None or line.problem is not None:
+            continue
+        record = store.record(line.digest)
+        if isinstance(record, Manifest):
             found.setdefault(line.digest, str(line.ref))
+        elif isinstance(record, TreeRecord):
+            for path, digest in record.nodes.items():
+                found.setdefault(digest, f"{line.ref.name}/{path}")
     return found
 
 

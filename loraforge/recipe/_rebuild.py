@@ -112,9 +112,21 @@ def _original(registry: Registry, digest: Digest, manifest: Manifest) -> Adapter
 def _derive(derivation: Derivation, kitchen: _Kitchen, stored: Adapter | None = None) -> Adapter:
     if derivation.operation == "extract":
         return _extract(derivation, kitchen, stored)
+    derivation = _without_place(derivation)
     terms = [(_open(item.source, kitchen), item.weight) for item in derivation.inputs]
     made = perform(derivation.operation, terms, derivation.parameters, version=derivation.version)
     return adapter_of(made)
+
+
+def _without_place(derivation: Derivation) -> Derivation:
+    """Leave out of a node's derivation which node of a tree it is atop: nothing of it was computed from that."""
+    parent = derivation.parent
+    if parent is None:
+        return derivation
+    inputs = tuple(item for item in derivation.inputs if item.source != parent or item.weight)
+    return replace(
+        derivation, inputs=inputs, parameters={k: v for k, v in derivation.parameters.items() if k != "parent"}
+    )
 
 
 def _open(source: Artifact | Digest | Derivation, kitchen: _Kitchen) -> Adapter:
@@ -178,7 +190,7 @@ def _missing(derivation: Derivation, kitchen: _Kitchen) -> Iterator[str]:
                 "(checkpoints=(base, finetuned), --base and --finetuned)"
             )
         return
-    for item in derivation.inputs:
+    for item in _without_place(derivation).inputs:
         if isinstance(item.source, Derivation):
             yield from _missing(item.source, kitchen)
         elif not _is_here(item.source, kitchen):

@@ -107,7 +107,7 @@ def _step(name: str, place: Place, node: Node) -> Step:
         node.place.refuse(f"step {name!r} is {_what(node)}; expected a mapping with 'from'")
     method = node.items.get("method")
     operation = "linear" if method is None else _text(method[1], "a method")
-    if operation not in LATEST:
+    if operation not in LATEST or not OPERATIONS[operation, LATEST[operation]].offered:
         assert method is not None, "linear is there"  # noqa: S101 - of the table
         method[1].place.refuse(f"there is no method {operation[:60]!r}{_near(operation, LATEST)}")
     row = OPERATIONS[operation, LATEST[operation]]

@@ -6,10 +6,10 @@ store until a collection. What changes the meaning of a node that was not named 
 
 from collections.abc import Sequence
 
-from loraforge.compose import Reranked
+from loraforge.compose import Reranked, Term
 from loraforge.errors import ConflictError
 from loraforge.formats import peft
-from loraforge.tree.flatten import Term, made
+from loraforge.tree.flatten import made
 from loraforge.tree.model import Node, Tree, atop, check_named
 from loraforge.tree.nodes import below, path_of
 from loraforge_registry.digest import Digest

@@ -24,8 +24,7 @@ def command(session: Session, *, tree: str, first: str, second: str | None) -> N
         _trees(session, tree, first)
         return
     opened = open_tree(session, tree)
-    from loraforge.compose import compare, overall
-    from loraforge.tree.flatten import exact_sum
+    from loraforge.compose import compare, exact_sum, overall
 
     base = opened.record.base_name
     one, other = (
