@@ -8,9 +8,10 @@ by clients: downloads stay plain HTTP.
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,8 @@ from loraforge_registry.server.errors import RefusedError, bad_request, too_larg
 from loraforge_registry.server.hub import Hub
 
 LIFETIME = 12 * 3600
+REBUILT = 600.0  # seconds that xorbs stay: a client may send several shards of one upload
+_DONE = "done"
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,6 +35,7 @@ def write_token(hub: Hub, call: Call) -> Response:
     """GET /api/models/{id}/xet-write-token/{rev}: the body is what hf_xet reads, the headers what Python does."""
     user = known(call)
     repository = repos.find_to_write(hub, call.segments["id"], user)
+    clean(hub)
     place = secrets.token_hex(16)
     token = hub.signer.sign("cas", {"user": user.name, "place": place, "repository": repository.id}, LIFETIME)
     url, until = f"{call.endpoint}/cas/{place}", int(time.time()) + LIFETIME
@@ -45,6 +49,9 @@ def xorb(hub: Hub, call: Call) -> Response:
     name = call.segments["hash"]
     if _HASH.fullmatch(name) is None:
         raise bad_request("not the hash of a xorb")
+    limit = hub.settings.quota or 2 * hub.settings.max_file
+    if sum(path.stat().st_size for path in directory.iterdir() if _HASH.fullmatch(path.name)) > limit:
+        raise too_large(f"more than {limit} bytes wait for their shard")
     temporary = directory / secrets.token_hex(8)
     try:
         with temporary.open("xb") as file:
@@ -60,7 +67,7 @@ def xorb(hub: Hub, call: Call) -> Response:
 
 
 def shard(hub: Hub, call: Call) -> Response:
-    """POST /cas/{place}/v1/shards: rebuild its files, and let go of the xorbs."""
+    """POST /cas/{place}/v1/shards: rebuild its files; the xorbs may go, soon."""
     directory, user = _place(hub, call)
     try:
         files = list(xorbs.read_shard(call.body(xorbs.MAX_SHARD)))
@@ -71,17 +78,18 @@ def shard(hub: Hub, call: Call) -> Response:
             hub.staged.add(user, digest, size)
     except (FormatError, StoreError) as error:
         raise bad_request(f"a file of this shard cannot be rebuilt: {error}") from error
+    (directory / _DONE).touch()
     return JSONResponse({"result": 1})
 
 
 def clean(hub: Hub) -> None:
-    """Take away what uploads that never ended have left."""
-    oldest = time.time() - 2 * LIFETIME
+    """Take away xorbs whose files were rebuilt ten minutes ago, and what uploads that never ended have left."""
+    now = time.time()
     for directory in hub.scratch.iterdir():
-        if directory.is_dir() and directory.stat().st_mtime < oldest:
-            for path in directory.iterdir():
-                path.unlink(missing_ok=True)
-            directory.rmdir()
+        with suppress(FileNotFoundError):
+            age = now - directory.stat().st_mtime
+            if age > 2 * LIFETIME or (age > REBUILT and (directory / _DONE).exists()):
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _place(hub: Hub, call: Call) -> tuple[Path, str]:
