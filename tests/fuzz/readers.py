@@ -217,7 +217,15 @@ def _parses(parse: Callable[[str], Any], text: str) -> Any:
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
 
-STRICTER_JSON = ("stands twice", "is not JSON", "nested deeper", "unpaired surrogate", "too large for float64", "-0 is")
+STRICTER_JSON = (
+    "stands twice",
+    "is not JSON",
+    "nested deeper",
+    "unpaired surrogate",
+    "too large for float64",
+    "-0 is",
+    "the limit is 4000",
+)
 
 
 def strict(data: bytes) -> str:
