@@ -38,6 +38,7 @@ _OF_ALL = frozenset(
         "precision",
         "grad_checkpoint",
         "compile",
+        "shard",
         "save_every",
         "keep",
         "plot",

@@ -66,6 +66,7 @@ FLAGS: Mapping[str, Flag] = {
     "device": Flag(str, "auto, cpu, cuda, cuda:N or mps (auto)."),
     "grad_checkpoint": Flag(bool, "Compute activations again to save memory."),
     "compile": Flag(bool, "Run the model through torch.compile (no dropout; needs a C++ compiler)."),
+    "shard": Flag(bool, "Share the base out over the processes of torchrun (FSDP2)."),
     "eval_every": Flag(int, "Evaluate every so many steps (each epoch)."),
     "patience": Flag(int, "Stop after so many evaluations without a better one."),
     "save_every": Flag(int, "Checkpoint every so many steps (50)."),

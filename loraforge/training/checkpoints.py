@@ -31,7 +31,7 @@ from loraforge_registry.manifest import CONFIG_FILE, WEIGHTS_FILE
 from loraforge_registry.system import Buffer
 
 STATE, TENSORS, METRICS = "state.json", "state.safetensors", "metrics.jsonl"
-_FREE = frozenset({"device", "keep", "save_every"})
+_FREE = frozenset({"device", "keep", "save_every", "shard"})
 """Fields that a resumed run may change: they do not say what is computed."""
 
 

@@ -20,7 +20,7 @@ class TrainConfig(LoraConfig):
     A step is one update from ``grad_accum`` micro-batches. ``max_steps`` overrides ``epochs``. ``warmup`` is a number
     of steps, or below 1 a share of them. ``loraplus_ratio`` multiplies the rate of the B factors (arXiv:2402.12354).
     ``max_grad_norm`` of 0 does not clip. ``patience`` evaluations without a better loss end the run.
-    ``compile`` runs the model through ``torch.compile``.
+    ``compile`` runs the model through ``torch.compile``; ``shard`` shares the base out over the processes of a run.
 
     Raises:
         TrainingError: a value out of range; the field is named.
@@ -42,6 +42,7 @@ class TrainConfig(LoraConfig):
     device: str = "auto"
     grad_checkpoint: bool = False
     compile: bool = False
+    shard: bool = False
     seed: int = 0
     eval_every: int | None = None
     patience: int | None = None
@@ -66,6 +67,8 @@ class TrainConfig(LoraConfig):
             raise TrainingError(
                 "compile and dropout exclude each other (masks are drawn outside of torch): leave one out"
             )
+        if self.compile and self.shard:
+            raise TrainingError("compile and shard exclude each other: leave one out")
 
 
 def _check(fine: bool, name: str, value: object, expected: str) -> None:  # noqa: FBT001 - what is checked

@@ -19,6 +19,7 @@ from loraforge.training.checkpoints import Progress, Setting
 from loraforge.training.compiled import compiled
 from loraforge.training.config import TrainConfig
 from loraforge.training.schedule import rate
+from loraforge.training.shard import check_shardable, shard
 from loraforge.training.step import check_reached, clip, evaluate, make_optimizer, set_rate, window_gradient
 from loraforge.training.streams import apart, seed_all
 from loraforge_registry.paths import AnyPath, expand
@@ -95,6 +96,8 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
     config = config or TrainConfig()
     if valid is None and (config.patience, config.eval_every) != (None, None):
         raise TrainingError("eval_every and patience are about an evaluation: give valid, the data for it")
+    if config.shard:
+        check_shardable()
     plan = make_plan(batches, config)
     folder = None if run is None else expand(run)
     with apart(), placed(model, config) as device, compiled(model, wanted=config.compile):
@@ -105,6 +108,8 @@ def train(  # noqa: PLR0913 - the first three are the call, the rest are options
             state = _begin(injected, setting, folder, resume=resume)
             autocast = autocast_of(config, device)
             narrow(model, narrow_type(config, device))
+            if config.shard:
+                shard(model, injected.parameters().values(), device)
             model.train()
             coming = windows(batches, config.grad_accum * ranks.size(), config.seed, state.progress.cursor)
             while not is_done(state.progress, plan, config):
@@ -280,7 +285,8 @@ def placed(model: nn.Module, config: TrainConfig) -> Iterator[torch.device]:
         raise TrainingError("the model has no parameters")
     home, training = first.device, {name: module.training for name, module in model.named_modules()}
     device = home if home.type == "meta" else choose_device(config.device)
-    if device != home:
+    moves = device != home and not config.shard  # what is shared out goes block by block, and stays where it is
+    if moves:
         model.to(device)
     undo = checkpointing(model) if config.grad_checkpoint else None
     try:
@@ -288,7 +294,7 @@ def placed(model: nn.Module, config: TrainConfig) -> Iterator[torch.device]:
     finally:
         if undo is not None:
             undo()
-        if device != home:
+        if moves:
             model.to(home)
         for name, module in model.named_modules():
             module.training = training.get(name, module.training)
@@ -334,4 +340,4 @@ def autocast_of(config: TrainConfig, device: torch.device) -> torch.dtype | None
 
 def narrow_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """Return the type that frozen weights are cast to for a whole run; with checkpointing, memory counts for more."""
-    return None if config.grad_checkpoint else autocast_of(config, device)
+    return None if config.grad_checkpoint or config.shard else autocast_of(config, device)

@@ -20,6 +20,7 @@ from loraforge.training.group import Group
 from loraforge.training.halving import Halving
 from loraforge.training.loop import Metrics, autocast_of, make_plan, narrow_type, placed
 from loraforge.training.seats import Dropped, Member, Seat
+from loraforge.training.shard import check_shardable
 from loraforge.training.streams import apart
 from loraforge.training.together import RowLosses, Way
 from loraforge_registry.paths import AnyPath, expand
@@ -154,6 +155,8 @@ def _check(seats: Sequence[Seat], halving: Halving | None) -> None:
                     f"{seat.name} has {name}={mine!r} and {first.name} {others!r}: they share one model, so give all "
                     "the same"
                 )
+        if config.shard:
+            check_shardable()
         if config.compile:
             raise TrainingError(f"{seat.name}: compile is for one adapter alone, not for several at once: leave it out")
         if seat.member.valid is None and (config.patience, config.eval_every) != (None, None):

@@ -20,7 +20,7 @@ from loraforge_registry.paths import AnyPath
 
 VERSION = 1
 _CHUNK = 1 << 24
-_ELSEWHERE = frozenset({"device", "keep", "save_every"})
+_ELSEWHERE = frozenset({"device", "keep", "save_every", "shard"})
 """Settings that do not say what was computed."""
 
 

@@ -10,6 +10,7 @@ from loraforge.training import ranks
 from loraforge.training.batches import Batch, Count, to_device
 from loraforge.training.config import TrainConfig
 from loraforge.training.losses import loss_of
+from loraforge.training.shard import is_sharded
 
 
 def window_gradient(
@@ -34,8 +35,18 @@ def window_gradient(
             loss = loss_of(model, to_device(batch, device), autocast)
             (loss * (number / total)).backward()  # type: ignore[no-untyped-call]
             mean += loss.detach() * (number / total)
+    if is_sharded(model):
+        some = next(batch for batch, number in zip(batches, counts, strict=True) if number)
+        for _ in range(_idle(counts)):  # the others need this one's part of the base
+            (loss_of(model, to_device(some, device), autocast) * 0).backward()  # type: ignore[no-untyped-call]
     ranks.add_gradients(model.parameters())
     return ranks.total(float(mean), device=device)[0], total
+
+
+def _idle(counts: Sequence[int]) -> int:
+    """How much less often than the busiest process this one runs the model in a window."""
+    each = [sum(map(bool, counts[place :: ranks.size()])) for place in range(ranks.size())]
+    return max(each) - each[ranks.rank()]
 
 
 @torch.no_grad()
@@ -46,14 +57,16 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], count: Count, autocast:
         TrainingError: no label in all of them.
     """
     device, training = next(model.parameters()).device, model.training
+    together = is_sharded(model)
     model.eval()
     try:
         labels, weighted = 0, 0.0
         for place, batch in enumerate(batches):
-            number = count(model, batch) if place % ranks.size() == ranks.rank() else 0
+            mine = place % ranks.size() == ranks.rank()
+            number = count(model, batch) if mine or together else 0
             if number:
-                weighted += number * float(loss_of(model, to_device(batch, device), autocast))
-                labels += number
+                loss = float(loss_of(model, to_device(batch, device), autocast))
+                weighted, labels = (weighted + number * loss, labels + number) if mine else (weighted, labels)
     finally:
         model.train(training)
     weighted, total = ranks.total(weighted, labels, device=device)
