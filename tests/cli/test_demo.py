@@ -15,8 +15,13 @@ def test_each_adapter_is_good_at_its_own_task_alone_and_every_claim_holds(run, m
     losses = done.json["losses"]
     base = losses["(the base)"]
     for own, other in (("french", "law"), ("law", "french")):
-        assert losses[f"{own}:v1"][own] < 0.2 * base[own]
-        assert losses[f"{own}:v1"][other] > base[other]
+        assert losses[own][own] < 0.2 * base[own]
+        assert losses[own][other] > base[other]
+    for child in ("french/loud", "law/quiet"):
+        assert losses[child][child] < 0.5 * base[child]
+        assert min(losses, key=lambda node: losses[node][child]) == child
+    assert done.json["base_again"]
+    assert done.json["pulled"]
     exact, small, linear, svd = done.json["methods"]
     assert exact["error"] < 1e-6 < small["error"] < linear["error"]
     assert small["error"] <= svd["error"] + 1e-6
@@ -24,14 +29,18 @@ def test_each_adapter_is_good_at_its_own_task_alone_and_every_claim_holds(run, m
     assert done.json["self_average"]["loraforge_error"] < 1e-6
     assert done.json["self_average"]["peft_factor"] == pytest.approx(2, rel=1e-3)
     assert done.json["logits"]["difference"] < 1e-5 * done.json["logits"]["largest"]
-    assert {"base", "french", "law", "french-law", "store"} <= {path.name for path in (tmp_path / "kept").iterdir()}
-    for reference in ("french:v1", "law:v1"):
-        found = run("show", reference, "--json", "--store", tmp_path / "kept" / "store").json
-        parameters = found["derivation"]["parameters"]
-        logged = run("log", reference, "--store", tmp_path / "kept" / "store").out
+    kept = tmp_path / "kept"
+    made = {"base", "numbers.svg", "french", "law", "french-law", "loud", "base-again", "team", "store"}
+    assert made <= {path.name for path in kept.iterdir()}
+    for node in run("tree", "show", "numbers", "--json", "--store", kept / "store").json["nodes"].values():
+        shown = run("show", node["digest"], "--json", "--store", kept / "store").json
+        parameters = shown["derivation"]["parameters"]
+        logged = run("log", node["digest"], "--store", kept / "store").out
         assert f"<- train (alpha {parameters['alpha']}, base {parameters['base'][:19]}, data " in logged
         assert "torch" in parameters
         assert "torch" not in logged
+    for reference in ("french:v1", "law:v1", "french-law:v1"):
+        assert run("rebuild", reference, "--verify", "--store", kept / "store").code == 0
 
 
 def test_the_tasks_are_french_and_roman_numerals():

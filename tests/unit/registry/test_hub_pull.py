@@ -26,6 +26,7 @@ RESOLVE = r"GET /me/french/resolve/\w+/"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(http, "PAUSES", (0.0,) * 3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which peers' tests set
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     with running_hub() as found:
         monkeypatch.setenv("HF_ENDPOINT", found.url)
@@ -443,6 +444,7 @@ def test_who_is_not_there_and_who_may_not(hub, files, run, monkeypatch):
 
 
 def test_nobody_there(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")

@@ -21,6 +21,7 @@ OURS = {CONFIG, WEIGHTS, "README.md", "loraforge.json"}
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(http, "PAUSES", (0.0,) * 3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which peers' tests set
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     with running_hub() as found:
         monkeypatch.setenv("HF_ENDPOINT", found.url)
@@ -187,6 +188,7 @@ def test_a_hub_that_sends_the_token_back(hub, adapter, run):
 
 
 def test_nobody_there(adapter, run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert "cannot be reached" in refused(run, "french:v1")
