@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loraforge.adapter.mapped import discard
 from loraforge.checkpoint.exact import Columns, Corrections, Left, Product, column_norm, differences, rounded_sum
-from loraforge.checkpoint.floats import Array, round_pair
+from loraforge.checkpoint.floats import Allocate, Array, round_pair
 from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import NumericalError
 
@@ -52,15 +52,15 @@ class Change(Protocol):
         """What an undo needs beyond the adapters."""
         ...
 
-    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
+    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Allocate) -> None:
         """See the whole original tensor once, where that is needed."""
         ...
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
+    def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:
         """Return the new values of an original block; with ``back`` also what ``guess`` of them will miss."""
         ...
 
-    def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
+    def guess(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:
         """Return an estimate of the original of a new block, the same bits everywhere."""
         ...
 
@@ -137,15 +137,15 @@ class Sum:
     kind: str = "sum"
     aux: bytes = b""
 
-    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
+    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Allocate) -> None:
         """Do nothing: every element stands alone."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
+    def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:
         """Return ``RN(W + dW)``."""
         found = rounded_sum(block, self.delta.rows(rows), block.dtype, space, back=back)
         return Outcome(found.values, found.back, found.top)
 
-    def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
+    def guess(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:
         """Return ``RN(W' - dW)``."""
         return rounded_sum(block, self.delta.rows(rows).negated(), block.dtype, space).values
 
@@ -163,7 +163,7 @@ class Sum:
 class SumInTurn(Sum):
     """PEFT's arithmetic: each update in float32, added and rounded one after the other."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
+    def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:
         """Return what ``merge_adapter`` of PEFT leaves, to the bit: ``W += (B @ A) * scale`` for each adapter."""
         values = block.clone()
         for term in self.delta.terms:
@@ -199,7 +199,7 @@ class Dora:
         """Take the factors of a receipt instead of computing them."""
         self.factor = torch.from_numpy(np.frombuffer(aux, np.float32).copy())
 
-    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
+    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Allocate) -> None:
         """Compute the norms of ``W + dW``."""
         if self.factor is not None:
             return
@@ -210,12 +210,12 @@ class Dora:
         norms = torch.from_numpy(np.sqrt(np.concatenate(parts) if self.by_row else _tree_sum(np.stack(parts))))
         self.factor = (self.magnitude.to(torch.float64).reshape(-1) / norms).to(torch.float32)
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:
+    def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:
         """Return ``RN(f T)``."""
         values = _rounded(self._scaled(block, rows, space), block.dtype)
         return Outcome(values, differences(block, self.guess(values, rows, space)) if back else None)
 
-    def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
+    def guess(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:
         """Return ``RN(g W' - dW)`` with ``g = RN32(1 / f)``; the product is exact in float64."""
         inverse = (1 / self._factor(rows)).to(torch.float32).to(torch.float64)
         wide = torch.nan_to_num(block.to(torch.float64) * inverse, posinf=0, neginf=0)
@@ -229,10 +229,10 @@ class Dora:
         """Forget the factors of the update; those of the norms stay, for the receipt."""
         self.delta.release()
 
-    def _scaled(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
+    def _scaled(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:
         return self._total(block, rows, space).to(torch.float64) * self._factor(rows)
 
-    def _total(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:
+    def _total(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:
         between = torch.float64 if block.dtype == torch.float64 else torch.float32
         return rounded_sum(block, self.delta.rows(rows), between, space).values
 
@@ -250,15 +250,15 @@ class Replaced:
     kind: str = "replaced"
     aux: bytes = b""
 
-    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
+    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Allocate) -> None:
         """Do nothing."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:  # noqa: ARG002 - nothing to compute
+    def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:  # noqa: ARG002 - nothing to compute
         """Return the adapter's values."""
         values = self.values[rows].to(block.dtype).contiguous()
         return Outcome(values, differences(block, values) if back else None)
 
-    def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:  # noqa: ARG002 - nothing to compute
+    def guess(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:  # noqa: ARG002 - nothing to compute
         """Return the new values: a trained tensor is near the one it began as."""
         return block
 
@@ -279,10 +279,10 @@ class Rows:
     kind: str = "rows"
     aux: bytes = b""
 
-    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Workspace) -> None:
+    def prepare(self, read: ReadRows, blocks: Sequence[slice], space: Allocate) -> None:
         """Do nothing."""
 
-    def forward(self, block: Tensor, rows: slice, space: Workspace, *, back: bool) -> Outcome:  # noqa: ARG002 - nothing to compute
+    def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:  # noqa: ARG002 - nothing to compute
         """Return the block with its trained rows."""
         new = block.clone()
         for row, place in self.places.items():
@@ -290,7 +290,7 @@ class Rows:
                 new[row - rows.start] = self.values[place].to(block.dtype)
         return Outcome(new, differences(block, new) if back else None)
 
-    def guess(self, block: Tensor, rows: slice, space: Workspace) -> Tensor:  # noqa: ARG002 - nothing to compute
+    def guess(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:  # noqa: ARG002 - nothing to compute
         """Return the new values."""
         return block
 

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import local
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ SAMPLE = 16_384  # elements of such a block, in rows evenly spread
 MAX_WORKERS = 4
 _PIECE = 1 << 20  # bytes
 
+T = TypeVar("T")
 Write: TypeAlias = Callable[[TensorAt, int, memoryview], None]
 """Takes (tensor, byte offset in it, bytes)."""
 
@@ -109,7 +110,7 @@ def run_jobs(
             for change in filter(None, (job.change, None if job.undo is None else job.undo.change)):
                 change.release()
 
-    yield from _in_threads(run, sorted(jobs, key=lambda job: -job.tensor.nbytes))
+    yield from in_threads(run, sorted(jobs, key=lambda job: -job.tensor.nbytes))
 
 
 def blocks_of(tensor: TensorAt) -> list[slice]:
@@ -196,7 +197,7 @@ class _Pass:
     def _changed(self, change: Change, block: Tensor, rows: slice, *, measured: bool) -> Tensor:
         outcome = change.forward(block, rows, self.space, back=self.result is not None)
         if self.checked:
-            _check_finite(self.job.tensor, block, outcome, rows)
+            check_finite(self.job.tensor, block, outcome, rows)
         if measured:
             self.fidelity += _fidelity(change, block, outcome.values, rows)
         if outcome.back is not None:
@@ -227,7 +228,12 @@ def _digest(hasher: "blake3 | None") -> Digest | None:
     return None if hasher is None else Digest.from_raw("blake3", hasher.digest())
 
 
-def _check_finite(tensor: TensorAt, block: Tensor, outcome: Outcome, rows: slice) -> None:
+def check_finite(tensor: TensorAt, block: Tensor, outcome: Outcome, rows: slice) -> None:
+    """Refuse NaN and infinity in new values.
+
+    Raises:
+        NumericalError: naming the tensor, the place, and what was there before.
+    """
     values = outcome.values
     kind = FORMATS.get(values.dtype)
     if kind is None or not values.numel():
@@ -270,10 +276,10 @@ def _one_thread_each() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _in_threads(run: Callable[[Job], Done], jobs: Iterable[Job]) -> Iterator[Done]:
+def in_threads(run: Callable[[Job], T], jobs: Iterable[Job]) -> Iterator[T]:
     """Run jobs on a few threads; the first error stops the rest and is raised."""
     waiting = iter(jobs)
-    running: set[Future[Done]] = set()
+    running: set[Future[T]] = set()
     with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
         try:
             for job in waiting:

@@ -6,6 +6,7 @@ read again, so nothing drifts, however many moves there are. A model in another 
 what a loader would make of the merged checkpoint: the rounded value, converted.
 """
 
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Self, TypeAlias
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loraforge.adapter import DTYPES
-from loraforge.checkpoint.engine import Job, blocks_of, matrix_shape, read_block, run_jobs
+from loraforge.checkpoint.engine import Job, blocks_of, check_finite, in_threads, matrix_shape
 from loraforge.checkpoint.homes import find_homes
 from loraforge.checkpoint.reader import Checkpoint, TensorAt, open_checkpoint
 from loraforge.checkpoint.workspace import Workspace
@@ -38,6 +39,10 @@ class Live:
         self._model, self._find_path = model, find
         self._files = ExitStack()
         self._checkpoint = self._files.enter_context(open_checkpoint(base))
+        self._pages = {
+            name: mmap.mmap(shard.fd, 0, access=mmap.ACCESS_COPY) for name, shard in self._checkpoint.shards.items()
+        }
+        self._spaces: list[Workspace] = []  # one for each thread that was ever busy
         self._plans = Plans(self._checkpoint, cache)
         self._inside: dict[str, Key | None] = {}  # None: half-written, when something went wrong
         self._names: dict[str, str] = {}
@@ -94,32 +99,47 @@ class Live:
         self.path = {}
 
     def _write(self, jobs: Iterable[Job]) -> None:
-        for done in run_jobs(self._checkpoint, self._marked(jobs), self._into, copy=self._back, hashed=False):
-            del done
+        """Compute new values where they belong, in the model's own memory, from the base's pages."""
 
-    def _marked(self, jobs: Iterable[Job]) -> list[Job]:
-        """Note which tensors are neither the old nor the new, until all are written."""
-        found = list(jobs)
+        def run(job: Job) -> None:
+            torch.set_num_threads(1)
+            space = self._spaces.pop() if self._spaces else Workspace()
+            self._write_one(job, space)
+            self._spaces.append(space)
+
+        found = sorted(jobs, key=lambda job: -job.tensor.nbytes)
+        # neither the old nor the new, until all are written
         self._inside.update({job.tensor.entry.name: None for job in found})
-        return found
+        for _ in in_threads(run, found):
+            pass
 
-    def _into(self, tensor: TensorAt, offset: int, data: memoryview) -> None:
-        """Take a block of new values into the model's parameter."""
-        rows, columns = matrix_shape(tensor)
-        first = offset // (max(columns, 1) * tensor.itemsize)
-        block = torch.frombuffer(data, dtype=DTYPES[tensor.entry.dtype])
-        home = self._homes[tensor.entry.name]
-        target = home[first : first + block.numel() // max(columns, 1)] if home.dim() and rows else home
-        target.copy_(block.view(target.shape))
+    def _write_one(self, job: Job, space: Workspace) -> None:
+        tensor, change = job.tensor, job.change
+        home, base = self._homes[tensor.entry.name], self._base_of(tensor)
+        if change is None:
+            home.copy_(base.view(home.shape))
+            return
+        try:
+            blocks = blocks_of(tensor)
+            change.prepare(lambda rows: base[rows], blocks, space)
+            for rows in blocks:
+                place, block = home[rows] if home.dim() else home, base[rows]
+                target = place.view(block.shape) if place.is_contiguous() else None
+                outcome = change.forward(block, rows, _Into(target, space), back=False)
+                check_finite(tensor, block, outcome, rows)
+                if outcome.values is not target:
+                    place.copy_(outcome.values.view(place.shape))
+        finally:
+            change.release()
 
-    def _back(self, tensor: TensorAt) -> None:
-        """Read a tensor of the base into the model's parameter."""
-        space = Workspace()
-        for rows in blocks_of(tensor):
-            block = read_block(self._checkpoint, tensor, rows, space)
-            home = self._homes[tensor.entry.name]
-            target = home[rows] if home.dim() else home
-            target.copy_(block.view(target.shape))
+    def _base_of(self, tensor: TensorAt) -> Tensor:
+        """Return a tensor of the base as a matrix, in the pages of its file."""
+        dtype, pages = DTYPES[tensor.entry.dtype], memoryview(self._pages[tensor.shard])
+        raw = pages[tensor.begin : tensor.begin + tensor.nbytes]
+        if tensor.begin % tensor.itemsize:
+            raw = memoryview(bytearray(raw))  # numbers that do not lie as numbers do
+        flat = torch.frombuffer(raw, dtype=dtype) if tensor.nbytes else torch.empty(0, dtype=dtype)
+        return flat.view(matrix_shape(tensor))
 
     def _find(self, names: Sequence[str]) -> None:
         """Find the parameters as they are now: a move to another device may have replaced them since.
@@ -130,12 +150,27 @@ class Live:
         new = [name for name in names if name not in self._names]
         found = find_homes(new, state, "the checkpoint") if new else {}
         for name in new:
-            _check_holds(self._checkpoint, self._checkpoint.tensors[name], state[found[name]].detach(), found[name])
+            tensor, home = self._checkpoint.tensors[name], state[found[name]].detach()
+            _check_holds(self._checkpoint, tensor, home, found[name], self._base_of(tensor))
         self._names |= found
         self._homes = {name: state[called].detach() for name, called in self._names.items()}
 
 
-def _check_holds(checkpoint: Checkpoint, tensor: TensorAt, home: Tensor, called: str) -> None:
+class _Into:
+    """A workspace that gives a place in the model where new values are wanted, if that has their type."""
+
+    def __init__(self, target: Tensor | None, space: Workspace) -> None:
+        self._target, self._space = target, space
+
+    def __call__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """Return a buffer."""
+        target = self._target
+        if target is None or name != "values" or dtype != target.dtype or target.device.type != "cpu":
+            return self._space(name, dtype, shape)
+        return target
+
+
+def _check_holds(checkpoint: Checkpoint, tensor: TensorAt, home: Tensor, called: str, base: Tensor) -> None:
     """Refuse a model that is not the base: a node atop anything else means nothing.
 
     Raises:
@@ -145,14 +180,11 @@ def _check_holds(checkpoint: Checkpoint, tensor: TensorAt, home: Tensor, called:
     if tuple(home.shape) != shape or not home.is_floating_point() or home.is_meta:
         raise CompositionError(
             f"the model's {called!r} is {home.dtype} {list(home.shape)}{' on meta' if home.is_meta else ''}, the "
-            f"base's "
-            f"is {tensor.entry.dtype} {list(shape)}: load the model from the tree's base, unquantised"
+            f"base's is {tensor.entry.dtype} {list(shape)}: load the model from the tree's base, unquantised"
         )
-    space = Workspace()
     for rows in blocks_of(tensor):
         here = home[rows] if home.dim() else home
-        block = read_block(checkpoint, tensor, rows, space).view(here.shape).to(here.dtype)
-        if not _same_bits(block, here.cpu()):
+        if not _same_bits(base[rows].to(here.dtype).view(here.shape), here.cpu()):
             raise CompositionError(
                 f"the model's {called!r} does not hold the base's values ({checkpoint.path}): load the model from the "
                 "tree's base, and take out what is merged into it"
