@@ -152,6 +152,27 @@ def test_reshaped_and_every_node_that_was_derived_is_derived_again(home, made, r
     assert run("tree", "show", "t").code == 0
 
 
+def test_a_tree_goes_to_another_store_and_comes_back_whole(home, run):
+    (home / "team").mkdir()
+    team = (home / "team").as_uri()
+    sent = run("--json", "push", "t", "--to", team).json
+    assert sent["sent"] > 0
+    assert sent["remote"] == f"{team}#t:latest"
+    assert run("--json", "push", "t", "--to", team).json["sent"] == 0
+    there = run("--json", "--store", home / "team", "tree", "show", "t").json
+    assert there["digest"] == run("--json", "tree", "show", "t").json["digest"]
+    pulled = run("--json", "--store", home / "other", "pull", f"{team}#t", "--as", "mine").json
+    assert (pulled["name"], pulled["digest"]) == ("mine", there["digest"])
+    assert pulled["received"] > 0
+    assert run("--json", "--store", home / "other", "pull", f"{team}#t").json["received"] == 0
+    for store in ("team", "other"):
+        assert run("--store", home / store, "fsck", "--deep").code == 0
+    assert run("--store", home / "other", "tree", "merge", "mine", "french/loud", "--out", "./merged").code == 0
+    refused = run("push", "t", "--to", "hf://me/tree")
+    assert refused.code in (2, 5)
+    assert refused.err.count("\n") == 1
+
+
 BAD = [
     ("tree show nothing", 3, "no nothing"),
     ("tree show french:v1", 3, "french"),

@@ -6,9 +6,9 @@ from loraforge_cli.describe import describe
 from loraforge_cli.options import SOURCE, Session, common, stored
 from loraforge_cli.output import emit, note, one_line, size
 from loraforge_cli.summary import line
-from loraforge_cli.tree_view import is_tree, print_tree, view
+from loraforge_cli.tree_view import is_tree, summary, view
 from loraforge_registry.digest import Digest
-from loraforge_registry.names import RefName
+from loraforge_registry.names import Reference, RefName
 from loraforge_registry.paths import expand
 from loraforge_registry.store import Store
 
@@ -43,14 +43,13 @@ def command(session: Session, *, name: str, new: str | None, target: str | None,
         ref, digest, got = None, stored(store, name), {}
     if target is not None:
         store.export(digest, expand(target))
-    if is_tree(store, digest):
-        print_tree(session, view(store, digest), directory=target)
-        return
-    described = describe(store, digest, ref)
+    tree = view(store, digest, ref) if is_tree(store, digest) else None
     if session.as_json:
-        emit({**described.as_json(), **got, **({"directory": target} if target is not None else {})})
+        found = describe(store, digest, ref).as_json() if tree is None else tree.as_json()
+        emit({**found, **got, **({"directory": target} if target is not None else {})})
         return
-    click.echo(f"{one_line(target)}  {line(described)}" if target is not None else line(described))
+    text = line(describe(store, digest, ref)) if tree is None else summary(tree)
+    click.echo(f"{one_line(target)}  {text}" if target is not None else text)
     if got and not session.quiet:
         click.echo(f"{size(int(str(got['received'])))} fetched, {size(int(str(got['skipped'])))} here already")
 
@@ -59,9 +58,13 @@ def _from_remote(
     session: Session, store: Store, url: str, new: str | None, *, lineage: bool, force: bool
 ) -> tuple[RefName, Digest, dict[str, object]]:
     from loraforge_registry.remotes import open_remote, receive
+    from loraforge_registry.remotes.directory import StoreRemote
 
     wanted = None if new is None else RefName.parse(new)
     with open_remote(url) as remote:
+        tree = remote.tree() if isinstance(remote, StoreRemote) else None
+        if tree is not None:
+            return _tree(store, *tree, url, wanted, force=force)
         offer = remote.offer()
         ref = wanted or offer.name
         if ref is None:
@@ -87,3 +90,15 @@ def _from_remote(
             "notes": list(offer.notes),
         },
     )
+
+
+def _tree(
+    store: Store, source: Store, digest: Digest, url: str, wanted: RefName | None, *, force: bool
+) -> tuple[RefName, Digest, dict[str, object]]:
+    from loraforge_registry.remotes.trees import copy_tree
+
+    ref = wanted or Reference.parse(url.partition("#")[2]).ref
+    if ref is None:
+        raise click.UsageError(f"{url}: under which name? Add --as NAME[:TAG]")
+    done = copy_tree(source, store, digest, ref, force=force, where=url)
+    return ref, digest, {"remote": url, "received": done.sent, "skipped": done.skipped, "missing": [], "notes": []}

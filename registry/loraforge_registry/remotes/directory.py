@@ -10,8 +10,10 @@ from loraforge_registry.names import Reference, RefName
 from loraforge_registry.remotes.address import StoreAddress
 from loraforge_registry.remotes.offer import Listed, Offer, Published, RemoteFile
 from loraforge_registry.remotes.transfer import receive
+from loraforge_registry.remotes.trees import copy_tree
 from loraforge_registry.store import Store
 from loraforge_registry.system import Buffer
+from loraforge_registry.trees import TreeRecord
 
 
 class StoreRemote:
@@ -35,6 +37,14 @@ class StoreRemote:
             raise ReferenceSyntaxError(f"{self._address}: which adapter? Write {self._address}#NAME:TAG")
         return self._offer(self._store.resolve(reference), Reference.parse(reference).ref)
 
+    def tree(self) -> tuple[Store, Digest] | None:
+        """Return where the tree is that the reference behind the ``#`` means, or None where it means an adapter."""
+        self._check_there()
+        if self._address.reference is None:
+            return None
+        digest = self._store.resolve(self._address.reference)
+        return (self._store, digest) if isinstance(self._store.record(digest), TreeRecord) else None
+
     def find(self, digest: Digest) -> Offer | None:
         """Offer an artifact by its digest."""
         return self._offer(digest, None) if self._store.has(digest) else None
@@ -51,6 +61,9 @@ class StoreRemote:
         wanted = name if self._address.reference is None else RefName.parse(self._address.reference)
         if wanted is None:
             raise ReferenceSyntaxError(f"{self._address}: under which name? Write {self._address}#NAME:TAG")
+        if isinstance(store.record(digest), TreeRecord):
+            where = f"file://{self._store.path}#{wanted}"
+            return copy_tree(store, self._store, digest, wanted, force=force, where=where)
         with ExitStack() as pins:
             source = StoreRemote(store, StoreAddress(store.path), pins)
             got = receive(self._store, source, source.offer_of(digest), wanted, force=force, lineage=True, what="push")
