@@ -1,38 +1,158 @@
-"""Pages over plain HTTP: what they show, to whom, and that nothing which strangers wrote is more than text."""
+"""The pages for people: what is on them, that strangers' text stays text, and that they need nothing from elsewhere."""
 
-from tests.server.raw import commit, post, request
+import json
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
 
-NASTY = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+import pytest
+
+from tests.bad_files import config, write_adapter
+from tests.hub import Server
+
+EVIL = "<script>alert(1)</script>'\"><img src=x onerror=alert(1)>\u202e"
+CARD = f"""---
+base_model: acme/base
+---
+# A card
+
+Some *words*, [a page](https://example.org/x), [a trap](javascript:alert(1)), [another](data:text/html,x).
+
+![a picture](https://example.org/track.png)
+
+{EVIL}
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+print("<b>")
+```
+"""
 
 
-def test_a_repository_has_a_page_and_its_card_is_text(server, alice):
-    assert post(server, "/api/repos/create", {"name": "shown"}, token=alice).status == 200
-    assert commit(server, "alice/shown", alice, ("README.md", NASTY.encode()), ("<b>.txt", b"x")).status == 200
-    listed = request(server, "GET", "/?search=shown")
-    assert "alice/shown" in listed.body.decode()
-    page = request(server, "GET", "/alice/shown")
-    text = page.body.decode()
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "<script" not in text
-    assert "<img" not in text
-    assert "<b>" not in text
-    assert "&lt;script&gt;" in text
-    assert "<script" not in request(server, "GET", "/?search=%3Cscript%3E'%22").body.decode()
+class Seen(HTMLParser):
+    """What a browser would act on."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.links, self.handlers, self.open = [], [], [], []
+        self.text = ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("href", "src", "action")]
+        self.handlers += [name for name, _ in attributes if name.startswith("on") or name == "style"]
+
+    def handle_data(self, data):
+        self.text += data
 
 
-def test_a_private_repository_is_on_no_page_of_others(server, alice, bob):
-    post(server, "/api/repos/create", {"name": "hidden", "visibility": "private"}, token=alice)
-    for token in (None, bob):
-        assert b"alice/hidden" not in request(server, "GET", "/", token=token).body
-        assert request(server, "GET", "/alice/hidden", token=token).status in (401, 404)
-    assert b"alice/hidden" in request(server, "GET", "/", token=alice).body
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    home = tmp_path_factory.mktemp("pages")
+    with Server(home / "store") as server:
+        yield server
 
 
-def test_an_adapter_pushed_on_the_machine_has_a_page_that_says_how_to_load_it(server, run):
-    from tests.conformance.hub_matrix import ADAPTER
+@pytest.fixture
+def filled(server, run, tmp_path):
+    """french, law, what was made of both, and one with a card full of traps."""
+    settings = config(base_model_name_or_path="acme/base")
+    for name, value in (("french", 0.5), ("law", -0.25)):
+        from tests.bad_files import tensors
 
-    assert run("--store", server.store, "push", ADAPTER, "local:v1").code == 0
-    text = request(server, "GET", "/local").body.decode()
-    assert "PeftModel.from_pretrained" in text
-    assert "content id" in text
+        write_adapter(tmp_path / name, weights=tensors(value), settings=settings)
+        run("--store", server.store, "push", tmp_path / name, f"{name}:v1")
+    run("--store", server.store, "compose", "french:v1=0.7", "law:v1=0.3", "--rank", "1", "--as", "blend:v1")
+    write_adapter(tmp_path / "evil", settings=config(base_model_name_or_path=EVIL[:60]))
+    (tmp_path / "evil" / "README.md").write_text(CARD)
+    run("--store", server.store, "push", tmp_path / "evil", "evil:v1")
+    return server
+
+
+def get(server, path):
+    with urllib.request.urlopen(server.url + path, timeout=30) as answer:  # noqa: S310 - our own server
+        return answer, answer.read().decode()
+
+
+def see(html):
+    seen = Seen()
+    seen.feed(html)
+    return seen
+
+
+def test_the_front_lists_and_searches(filled):
+    answer, html = get(filled, "/")
+    seen = see(html)
+    assert {"/french", "/law", "/blend", "/evil"} <= set(seen.links)
+    assert "acme/base" in seen.text
+    found = see(get(filled, "/?search=fre")[1])
+    assert "/french" in found.links
+    assert "/law" not in found.links
+    assert "/blend" in see(get(filled, "/?search=acme+ble")[1]).links
+    assert "No match" in see(get(filled, "/?search=%3Cnothing%3E")[1]).text
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_a_page_says_what_an_adapter_is_and_what_it_has_to_do_with_others(filled):
+    seen = see(get(filled, "/blend")[1])
+    for fragment in ("base acme/base", "rank 1", "Made from", "rerank", "linear", "0.7", "Targets", "largest error"):
+        assert fragment in seen.text, fragment
+    assert {"/french", "/law"} <= set(seen.links)
+    back = see(get(filled, "/french")[1])
+    assert "Used by" in back.text
+    assert "/blend" in back.links
+    assert 'PeftModel.from_pretrained(base, "french")' in back.text
+    answer, _ = get(filled, next(link for link in back.links if "/resolve/" in link and link.endswith(".json")))
+    assert answer.status == 200
+    digest = next(word for word in back.text.split() if word.startswith("sha256:"))
+    assert get(filled, f"/-/at/{digest.removeprefix('sha256:')}")[0].url.endswith("/french")
+    with pytest.raises(urllib.error.HTTPError) as missing:
+        get(filled, f"/-/at/{'0' * 64}")
+    assert missing.value.code == 404
+    missing.value.close()
+
+
+def test_what_strangers_wrote_stays_text(filled):
+    for path in ("/", "/evil"):
+        html = get(filled, path)[1]
+        seen = see(html)
+        assert not seen.handlers, path
+        assert "img" not in seen.tags
+        assert seen.tags.count("script") == 1
+        assert not [link for link in seen.links if link.lower().startswith(("javascript:", "data:"))]
+        elsewhere = [link for link in seen.links if "example.org" in link]
+        # a picture is a link to it: nothing is loaded
+        assert elsewhere == ([] if path == "/" else ["https://example.org/x", "https://example.org/track.png"])
+        assert len(html) < 100_000
+        assert "\u202e" not in html
+    assert "alert(1)" in see(get(filled, "/evil")[1]).text
+    assert "base_model" not in seen.text
+    assert "table" in seen.tags
+
+
+def test_nothing_comes_from_elsewhere(filled):
+    for path in ("/", "/blend", "/evil"):
+        seen = see(get(filled, path)[1])
+        assert {"/-/style.css", "/-/copy.js"} <= set(seen.links)
+    assert "url(" not in get(filled, "/-/style.css")[1]
+    assert get(filled, "/-/copy.js")[0].headers["Content-Type"].startswith("text/javascript")
+
+
+def test_what_is_private_has_no_page_for_others(filled):
+    token = filled.add_user("me")
+    body = json.dumps({"name": "secret", "organization": None, "visibility": "private"}).encode()
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{filled.url}/api/repos/create", body, headers)  # noqa: S310 - as above
+    with urllib.request.urlopen(request, timeout=30) as made:  # noqa: S310 - as above
+        assert made.status == 200
+    assert "secret" not in get(filled, "/")[1]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(filled, "/me/secret")
+    with refused.value as answer:
+        assert answer.code in (401, 404)
+        assert token not in answer.read().decode()

@@ -94,7 +94,7 @@ class App:
             limiter = self._long if found.sends else self._small
             response = await anyio.to_thread.run_sync(found.handler, self._hub, call, limiter=limiter)
         except Exception as error:  # noqa: BLE001 - whatever it is, no traceback reaches a client
-            response = _refusal(error, request, page=scope["path"].startswith("/-/"))
+            response = _refusal(error, request, page=_is_page(scope))
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
         response.headers.setdefault("Content-Security-Policy", _CSP)
@@ -205,8 +205,16 @@ def _refusal(error: BaseException, request: str, *, page: bool) -> Response:
         headers["X-Error-Code"] = error.code
     if error.status == 401 and page:
         headers["WWW-Authenticate"] = 'Basic realm="loraforge"'
+    if page and error.status in (401, 404):
+        return pages.not_found(error.message, error.status, headers)
     body = json.dumps({"error": error.message, **error.body}).encode("ascii")
     return Response(body, status_code=error.status, headers=headers, media_type="application/json")
+
+
+def _is_page(scope: Scope) -> bool:
+    """Whether a browser asks for a page: the Hub's clients never want HTML."""
+    wants = any(name == b"accept" and b"text/html" in value for name, value in scope["headers"])
+    return wants and not scope["path"].startswith("/api/")
 
 
 def _as_refused(error: BaseException, request: str) -> RefusedError:
