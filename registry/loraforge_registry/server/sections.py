@@ -164,8 +164,8 @@ def _loading(found: Repository, manifest: Manifest | None, endpoint: str) -> str
         f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
         f'model = PeftModel.from_pretrained(base, "{found.id}")'
     )
-    shell = f"HF_ENDPOINT={endpoint} loraforge pull hf://{found.id}"
-    return f"<h2>Load it</h2>{copyable(peft)}{copyable(shell)}"
+    shell = copyable(f"HF_ENDPOINT={endpoint} loraforge pull hf://{found.id}") if "/" in found.id else ""
+    return f"<h2>Load it</h2>{copyable(peft)}{shell}"
 
 
 def _lineage(manifest: Manifest | None, names: Mapping[Digest, str]) -> str:
