@@ -238,7 +238,7 @@ def _prepared(request: Mapping[str, Any], say: Say) -> Iterator[None]:
         (engine, "MAX_WORKERS", 2 if request["threads"] else 1),
     ]
     if not request["threads"]:  # one worker still runs beside the thread that takes its results: no order of calls
-        changes.append((engine, "_in_threads", map))
+        changes.append((engine, "in_threads", map))
     if request["mutant"]:
         changes.append(MUTANTS[request["mutant"]])
     patches = [patch.object(*change) for change in changes]

@@ -48,7 +48,7 @@ def in_child(action, at):
     if child == 0:
         code = 1
         try:
-            engine._in_threads = lambda run, jobs: (run(job) for job in jobs)
+            engine.in_threads = lambda run, jobs: (run(job) for job in jobs)
             output.os = shim = Dying(at)
             action()
             os.write(write, shim.seen.to_bytes(4, "little"))
