@@ -304,16 +304,28 @@ def choose_device(name: str) -> torch.device:
     """Return a device by name; ``auto`` is CUDA, else MPS, else the CPU.
 
     Raises:
-        TrainingError: torch knows no such device.
+        TrainingError: torch knows no such device, or has none here.
     """
     if name != "auto":
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise TrainingError(f"device is {name!r}, expected auto, cpu, cuda, cuda:N or mps") from error
+        _check_there(device)
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _check_there(device: torch.device) -> None:
+    """Refuse a device that this machine or this torch does not have: only trying tells."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TrainingError(
+            f"device is {str(device)!r}, which torch cannot use here; leave it out, or say cpu"
+        ) from error
 
 
 def checkpointing(model: nn.Module) -> Callable[[], object]:

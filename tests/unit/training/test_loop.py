@@ -286,6 +286,8 @@ def test_what_cannot_start_says_why(tmp_path):
         train(net(), batches(), replace(CONFIG, targets=("q_proj",)))
     with pytest.raises(TrainingError, match="device is 'gpu'"):
         train(net(), batches(), replace(CONFIG, device="gpu"))
+    with pytest.raises(TrainingError, match="device is 'cuda:99', which torch cannot use here"):
+        train(net(), batches(), replace(CONFIG, device="cuda:99"))
     with pytest.raises(TrainingError, match="Net has no gradient_checkpointing_enable"):
         train(net(), batches(), replace(CONFIG, grad_checkpoint=True))
     with pytest.raises(TrainingError, match="eval_every and patience are about an evaluation"):
