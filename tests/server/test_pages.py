@@ -1,8 +1,11 @@
 """The pages for people: what is on them, that strangers' text stays text, and that they need nothing from elsewhere."""
 
+import ast
 import json
+import re
 import urllib.error
 import urllib.request
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -156,3 +159,25 @@ def test_what_is_private_has_no_page_for_others(filled):
     with refused.value as answer:
         assert answer.code in (401, 404)
         assert token not in answer.read().decode()
+
+
+def test_what_is_copied_runs_nothing_of_a_stranger(filled, run, tmp_path):
+    base = 'x")\nimport os\nos.abort()\n("'
+    write_adapter(tmp_path / "paste", settings=config(base_model_name_or_path=base))
+    run("--store", filled.store, "push", tmp_path / "paste", "paste:v1")
+    code = re.search("<pre data-copy>(.*?)</pre>", get(filled, "/paste")[1], re.DOTALL)[1]
+    calls = [node for node in ast.walk(ast.parse(unescape(code))) if isinstance(node, ast.Call)]
+    assert [call.func.attr for call in calls] == ["from_pretrained", "from_pretrained"]
+    assert calls[0].args[0].value == base
+
+
+def test_a_card_keeps_the_spaces_and_joiners_of_its_language(filled, run, tmp_path):
+    words = "mod\u00e8le\u00a0? \u65e5\u672c\u3000\u8a9e \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    write_adapter(tmp_path / "spoken")
+    (tmp_path / "spoken" / "README.md").write_text(words)
+    run("--store", filled.store, "push", tmp_path / "spoken", "spoken:v1")
+    assert words in see(get(filled, "/spoken")[1]).text
+
+
+def test_a_page_beyond_the_last_is_the_first(filled):
+    assert "/french" in see(get(filled, "/?from=99999")[1]).links

@@ -37,6 +37,7 @@ def front(hub: Hub, call: Call) -> Response:
     words, start = call.query.get("search", "")[:200], _number(call.query.get("from", ""))
     wanted = words.lower().split()
     found = [r for r in repos.everything(hub, call.user) if all(word in _searched(hub, r) for word in wanted)]
+    start = start if start < len(found) else 0
     shown = [(r, describe.base_of(hub, _head(hub, r).commit), _head(hub, r)) for r in found[start : start + SHOWN]]
     following = start + SHOWN if len(found) > start + SHOWN else None
     return page("loraforge", sections.front(shown, len(found), words, following), words)

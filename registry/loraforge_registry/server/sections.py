@@ -1,5 +1,6 @@
 """The parts of the pages: from records to HTML, every text of a stranger escaped."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,10 +159,10 @@ def _files(found: Repository, revision: Revision) -> str:
 def _loading(found: Repository, manifest: Manifest | None, endpoint: str) -> str:
     if manifest is None:
         return ""
-    base = manifest.base_name or "BASE"
+    base = json.dumps(manifest.base_name or "BASE", ensure_ascii=False)  # a literal: people paste and run this
     peft = (
         f"# HF_ENDPOINT={endpoint}\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f"base = AutoModelForCausalLM.from_pretrained({base})\n"
         f'model = PeftModel.from_pretrained(base, "{found.id}")'
     )
     shell = copyable(f"HF_ENDPOINT={endpoint} loraforge pull hf://{found.id}") if "/" in found.id else ""

@@ -14,13 +14,15 @@ CSP = (
     "frame-ancestors 'none'; base-uri 'none'"
 )
 MAX_CARD = 100_000
+# spaces of French and of Chinese; joiners, without which Persian and Hindi are misspelt and emoji fall apart
+_IN_PROSE = "\n\t\u00a0\u2009\u202f\u3000\u200c\u200d"
 
 STYLE, SCRIPT = ((files(__package__) / "static" / name).read_text() for name in ("style.css", "copy.js"))
 
 
 def text(words: str) -> str:
     """Words as HTML that shows them; what does not print, or turns the direction of writing, shows as a mark."""
-    return escape(_printable(words))
+    return escape(_printable(words, "\n\t"))
 
 
 def page(title: str, body: str, words: str = "", status: int = 200) -> Response:
@@ -63,7 +65,7 @@ def markdown(words: str) -> str:
     """Render a card: no HTML of its own, no images, no links but to the web and within the page."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     parser.add_render_rule("link_open", _link)
-    return f"<div class=card>{parser.render(_printable(words[:MAX_CARD]))}</div>"
+    return f"<div class=card>{parser.render(_printable(words[:MAX_CARD], _IN_PROSE))}</div>"
 
 
 def _link(self, tokens, index, options, env):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - the library's signature
@@ -74,6 +76,6 @@ def _link(self, tokens, index, options, env):  # type: ignore[no-untyped-def] # 
     return self.renderToken(tokens, index, options, env)
 
 
-def _printable(words: str) -> str:
+def _printable(words: str, besides: str) -> str:
     mark = "\N{REPLACEMENT CHARACTER}"
-    return "".join(c if c.isprintable() or c in "\n\t" else mark for c in words.replace("\r\n", "\n"))
+    return "".join(c if c.isprintable() or c in besides else mark for c in words.replace("\r\n", "\n"))
