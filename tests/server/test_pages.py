@@ -141,9 +141,9 @@ def test_what_strangers_wrote_stays_text(filled):
 def test_nothing_comes_from_elsewhere(filled):
     for path in ("/", "/blend", "/evil"):
         seen = see(get(filled, path)[1])
-        assert {"/-/style.css", "/-/copy.js"} <= set(seen.links)
+        assert {"/-/style.css", "/-/page.js"} <= set(seen.links)
     assert "url(" not in get(filled, "/-/style.css")[1]
-    assert get(filled, "/-/copy.js")[0].headers["Content-Type"].startswith("text/javascript")
+    assert get(filled, "/-/page.js")[0].headers["Content-Type"].startswith("text/javascript")
 
 
 def test_what_is_private_has_no_page_for_others(filled):

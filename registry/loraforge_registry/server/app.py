@@ -55,8 +55,9 @@ ROUTES: Sequence[Route] = (
     Route("POST", "/cas/{place}/v1/xorbs/default/{hash}", xet.xorb, sends=True),
     Route("POST", "/cas/{place}/v1/shards", xet.shard, sends=True),
     Route("GET", "/", pages.front),
-    Route("GET", "/-/style.css", pages.style),
-    Route("GET", "/-/copy.js", pages.script),
+    Route("GET", "/favicon.ico", pages.static),
+    Route("GET", "/-login", pages.log_in),
+    Route("GET", "/-/{file}", pages.static),
     Route("GET", "/-/at/{hex}", pages.artifact),
     Route("GET", "/{id}/resolve/{rev}/{path*}", downloads.resolve),
     Route("GET", "/{id}/lfs/{oid}", downloads.lfs_object),
@@ -94,7 +95,7 @@ class App:
             limiter = self._long if found.sends else self._small
             response = await anyio.to_thread.run_sync(found.handler, self._hub, call, limiter=limiter)
         except Exception as error:  # noqa: BLE001 - whatever it is, no traceback reaches a client
-            response = _refusal(error, request, page=_is_page(scope))
+            response = _refusal(error, request, _page(scope), anonymous=self._hub.settings.anonymous)
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
         response.headers.setdefault("Content-Security-Policy", _CSP)
@@ -195,7 +196,7 @@ def _password(text: str) -> str:
         return ""
 
 
-def _refusal(error: BaseException, request: str, *, page: bool) -> Response:
+def _refusal(error: BaseException, request: str, page: str | None, *, anonymous: bool) -> Response:
     if not isinstance(error, RefusedError):
         error = _as_refused(error, request)
     headers = dict(error.headers)
@@ -203,18 +204,17 @@ def _refusal(error: BaseException, request: str, *, page: bool) -> Response:
     headers["X-Error-Message"] = "".join(c if c.isprintable() else "?" for c in message)[:1000]
     if error.code is not None:
         headers["X-Error-Code"] = error.code
-    if error.status == 401 and page:
-        headers["WWW-Authenticate"] = 'Basic realm="loraforge"'
-    if page and error.status in (401, 404):
-        return pages.not_found(error.message, error.status, headers)
+    if page is not None:
+        return pages.refused(error, headers, page, anonymous=anonymous)
     body = json.dumps({"error": error.message, **error.body}).encode("ascii")
     return Response(body, status_code=error.status, headers=headers, media_type="application/json")
 
 
-def _is_page(scope: Scope) -> bool:
-    """Whether a browser asks for a page: the Hub's clients never want HTML."""
+def _page(scope: Scope) -> str | None:
+    """The path of a page that a browser asks for, None for anything else: the Hub's clients never want HTML."""
     wants = any(name == b"accept" and b"text/html" in value for name, value in scope["headers"])
-    return wants and not scope["path"].startswith("/api/")
+    path: str = scope["path"]
+    return path if wants and scope["method"] in ("GET", "HEAD") and not path.startswith("/api/") else None
 
 
 def _as_refused(error: BaseException, request: str) -> RefusedError:

@@ -1,5 +1,6 @@
 """Pages for people: what is here, and one page for a repository, with where its adapter came from and where it went."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -14,22 +15,32 @@ from loraforge_registry.manifest import CONFIG_FILE, README_FILE, Manifest
 from loraforge_registry.server import describe, repos, sections
 from loraforge_registry.server.api import head_of
 from loraforge_registry.server.call import Call
-from loraforge_registry.server.errors import RefusedError
+from loraforge_registry.server.errors import RefusedError, unauthorised
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.repos import Repository, Revision
-from loraforge_registry.server.web import CSP, MAX_CARD, SCRIPT, STYLE, page, text
+from loraforge_registry.server.web import CSP, MAX_CARD, STATIC, Visit, page, text
 
 SHOWN = 50
+_PLACE = re.compile(
+    r"/(?:[\w.-]+(?:/[\w.-]+)*)?", re.ASCII
+)  # on this server: no browser takes it for another's address
 
 
-def style(_: Hub, _call: Call) -> Response:
-    """GET /-/style.css."""
-    return Response(STYLE, media_type="text/css", headers={"Content-Security-Policy": CSP})
+def static(_: Hub, call: Call) -> Response:
+    """GET /-/style.css, /-/page.js, /-/icon.svg; and /favicon.ico, which browsers ask for by themselves."""
+    found = STATIC.get(call.segments.get("file", "icon.svg"))
+    if found is None:
+        raise RefusedError(404, "there is nothing at this path", "NotFound")
+    data, kind = found
+    return Response(data, media_type=kind, headers={"Content-Security-Policy": CSP, "Cache-Control": "max-age=300"})
 
 
-def script(_: Hub, _call: Call) -> Response:
-    """GET /-/copy.js."""
-    return Response(SCRIPT, media_type="text/javascript", headers={"Content-Security-Policy": CSP})
+def log_in(_: Hub, call: Call) -> Response:
+    """GET /-login: a browser asks for a token, sends it from then on, and goes to where its user was."""
+    if call.user is None:
+        raise unauthorised()
+    to = call.query.get("to", "")
+    return RedirectResponse(to if _PLACE.fullmatch(to) else "/", 302)
 
 
 def front(hub: Hub, call: Call) -> Response:
@@ -40,7 +51,8 @@ def front(hub: Hub, call: Call) -> Response:
     start = start if start < len(found) else 0
     shown = [(r, describe.base_of(hub, _head(hub, r).commit), _head(hub, r)) for r in found[start : start + SHOWN]]
     following = start + SHOWN if len(found) > start + SHOWN else None
-    return page("loraforge", sections.front(shown, len(found), words, following), words)
+    body = sections.front(shown, len(found), words, following)
+    return page("loraforge", body, Visit(call.path, call.user, words))
 
 
 def repository(hub: Hub, call: Call) -> Response:
@@ -53,7 +65,7 @@ def repository(hub: Hub, call: Call) -> Response:
     used_by = [] if others is None or revision.commit.adapter is None else others.made_from(revision.commit.adapter)
     names = {} if others is None else others.names
     shown = sections.Shown(found, revision, manifest, layout, _card(hub, revision), names, used_by)
-    return page(found.id, sections.repository(shown, call.endpoint))
+    return page(found.id, sections.repository(shown, call.endpoint), Visit(call.path, call.user))
 
 
 def artifact(hub: Hub, call: Call) -> Response:
@@ -128,8 +140,25 @@ def _number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
 
 
-def not_found(message: str, status: int, headers: Mapping[str, str]) -> Response:
-    """A page where there is none for whoever asks."""
-    found = page("not found", f"<h1>Not here</h1><p class=quiet>{text(message)}</p>", status=status)
+def refused(error: RefusedError, headers: Mapping[str, str], path: str, *, anonymous: bool) -> Response:
+    """A page instead of the one that cannot be shown.
+
+    Where people may look without a token, nobody is asked for one but by a link: most of what is missing is not
+    private.
+    """
+    status, title, said = error.status, "This did not work", [f"{error.message}."]
+    if status == 401 and not (anonymous and error.code == "RepoNotFound"):
+        headers = {**headers, "WWW-Authenticate": 'Basic realm="loraforge", charset="UTF-8"'}
+        title, said = (
+            "Who are you?",
+            ["Any name, and a token as the password: loraforge serve user add NAME makes one."],
+        )
+    elif status in (401, 404):
+        said += ["If it is private, log in first."] if status == 401 else []
+        headers = {name: value for name, value in headers.items() if name != "WWW-Authenticate"}
+        status, title = 404, "Not here"
+    body = f"<h1>{title}</h1><p class=quiet>{text(' '.join(said))}</p><p><a href='/'>All adapters</a></p>"
+    found = page(title, body, Visit(path))
+    found.status_code = status
     found.headers.update(headers)
     return found

@@ -3,11 +3,15 @@
 What strangers wrote reaches a page through ``html.escape``, or as Markdown without HTML and images.
 """
 
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from urllib.parse import quote
 
 from markdown_it import MarkdownIt
 from starlette.responses import Response
+
+from loraforge_registry.server.accounts import User
 
 CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; form-action 'self'; "
@@ -17,7 +21,8 @@ MAX_CARD = 100_000
 # spaces of French and of Chinese; joiners, without which Persian and Hindi are misspelt and emoji fall apart
 _IN_PROSE = "\n\t\u00a0\u2009\u202f\u3000\u200c\u200d"
 
-STYLE, SCRIPT = ((files(__package__) / "static" / name).read_text() for name in ("style.css", "copy.js"))
+_KINDS = {"style.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+STATIC = {name: ((files(__package__) / "static" / name).read_bytes(), kind) for name, kind in _KINDS.items()}
 
 
 def text(words: str) -> str:
@@ -25,21 +30,33 @@ def text(words: str) -> str:
     return escape(_printable(words, "\n\t"))
 
 
-def page(title: str, body: str, words: str = "", status: int = 200) -> Response:
+@dataclass(frozen=True)
+class Visit:
+    """Who looks at a page, where, and what for."""
+
+    path: str = "/"
+    user: User | None = None
+    words: str = ""
+
+
+def page(title: str, body: str, visit: Visit) -> Response:
     """Put a page around its body, which is HTML."""
+    log_in = f"<a href='/-login?to={quote(visit.path, safe='/%')}'>Log in</a>"
+    who = log_in if visit.user is None else f"<span class=quiet>{text(visit.user.name)}</span>"
     html = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{text(title)}</title><link rel=stylesheet href='/-/style.css'>"
-        "<script src='/-/copy.js' defer></script></head><body>"
+        "<meta name=color-scheme content='light dark'>"
+        f"<title>{text(title)}</title><link rel=icon href='/-/icon.svg'><link rel=stylesheet href='/-/style.css'>"
+        "<script src='/-/page.js' defer></script></head><body>"
         "<header><div class=wide><a class=brand href='/'>loraforge</a>"
-        f"<form action='/' role=search><input name=search type=search value='{text(words)}' "
-        "placeholder='Search adapters' aria-label='Search adapters'><button>Search</button></form></div></header>"
+        f"<form action='/' role=search><input name=search type=search value='{text(visit.words)}' "
+        f"placeholder='Search adapters' aria-label='Search adapters'><button>Search</button></form>{who}</div></header>"
         f"<main><div class=wide>{body}</div></main>"
         "<footer><div class=wide><p>Served by loraforge. The Hub's own clients work here: set HF_ENDPOINT.</p></div>"
         "</footer></body></html>"
     )
-    return Response(html, status, media_type="text/html", headers={"Content-Security-Policy": CSP})
+    return Response(html, media_type="text/html", headers={"Content-Security-Policy": CSP})
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:

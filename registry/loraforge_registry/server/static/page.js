@@ -1,6 +1,6 @@
 for (const pre of document.querySelectorAll("pre[data-copy]")) {
   const box = document.createElement("div"), button = document.createElement("button");
-  box.className = "copy"; button.type = "button"; button.textContent = "Copy";
+  box.className = "beside"; button.className = "copy"; button.type = "button"; button.textContent = "Copy";
   button.addEventListener("click", async () => {
     getSelection().selectAllChildren(pre); // over plain http, a browser gives no clipboard: the old way, or by hand
     const done = navigator.clipboard
