@@ -119,18 +119,16 @@ class Live:
         if change is None:
             home.copy_(base.view(home.shape))
             return
-        try:
-            blocks = blocks_of(tensor)
-            change.prepare(lambda rows: base[rows], blocks, space)
-            for rows in blocks:
-                place, block = home[rows] if home.dim() else home, base[rows]
-                target = place.view(block.shape) if place.is_contiguous() else None
-                outcome = change.forward(block, rows, _Into(target, space), back=False)
-                check_finite(tensor, block, outcome, rows)
-                if outcome.values is not target:
-                    place.copy_(outcome.values.view(place.shape))
-        finally:
-            change.release()
+        blocks = blocks_of(tensor)
+        change.prepare(lambda rows: base[rows], blocks, space)
+        for rows in blocks:
+            place, block = home[rows] if home.dim() else home, base[rows]
+            target = place.view(block.shape) if place.is_contiguous() else None
+            outcome = change.forward(block, rows, _Into(target, space), back=False)
+            check_finite(tensor, block, outcome, rows)
+            if outcome.values is not target:
+                place.copy_(outcome.values.view(place.shape))
+        # what the change computed of its factors stays, for the next time: see ``Cache``
 
     def _base_of(self, tensor: TensorAt) -> Tensor:
         """Return a tensor of the base as a matrix, in the pages of its file."""

@@ -14,10 +14,14 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.trees import TreeRecord, parent_path
 
 BUDGET = 2 << 30  # bytes
+_COPIES = 4  # of a node's tensors: as they are in its file, and both float64 and float32, which checkouts keep of them
 
 
 class Cache:
-    """Adapters by digest; the one that was asked for longest ago goes when they are more than ``budget`` bytes."""
+    """Adapters by digest; the one that was asked for longest ago goes when they take more than ``budget`` bytes.
+
+    What a checkout computes of an adapter's factors goes with it, and is counted.
+    """
 
     def __init__(self, registry: Registry, budget: int = BUDGET) -> None:
         self._registry = registry
@@ -28,7 +32,7 @@ class Cache:
         """Return a node's adapter; every byte of it is checked when it is read from the store."""
         if digest not in self._held:
             adapter = self._registry.load(str(digest))
-            self._held[digest] = adapter, sum(t.numel() * t.itemsize for t in named_tensors(adapter).values())
+            self._held[digest] = adapter, _COPIES * sum(t.numel() * 4 for t in named_tensors(adapter).values())
         self._held.move_to_end(digest)
         while self.nbytes > self.budget and len(self._held) > 1:
             self._held.popitem(last=False)
@@ -43,7 +47,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors that are held."""
+        """The bytes that all of them may take."""
         return sum(size for _, size in self._held.values())
 
 
