@@ -1,6 +1,6 @@
 """The face of a tree: a name in a store that moves by compare-and-swap, and the nodes that it has."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from loraforge_registry.manifest import Artifact, Derivation, Input, Manifest
 from loraforge_registry.names import DEFAULT_TAG, Reference, RefName
 from loraforge_registry.paths import AnyPath, expand
 from loraforge_registry.refs import Move
-from loraforge_registry.trees import TreeRecord, check_path, parent_path
+from loraforge_registry.trees import TreeRecord, check_path, parent_path, steps_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -361,15 +361,10 @@ def _rebased(before: TreeRecord, current: TreeRecord | None, changed: Mapping[st
     if current is None or current.base != before.base:
         raise ConflictError("the tree was removed, or made anew, meanwhile; nothing was changed")
     theirs = {p for p in {*before.nodes, *current.nodes} if before.nodes.get(p) != current.nodes.get(p)}
-    ours = {step for path in changed for step in _steps(path)}
+    ours = {step for path in changed for step in steps_to(path)}
     in_the_way = sorted((theirs & ours) | {p for p in theirs if any(p in below(current, q) for q in changed)})
     if in_the_way:
         raise ConflictError(
             f"{in_the_way[0]} was changed by somebody else meanwhile; look at the tree, and run this again"
         )
     return current
-
-
-def _steps(path: str) -> Sequence[str]:
-    parts = path.split("/")
-    return ["/".join(parts[: n + 1]) for n in range(len(parts))]

@@ -8,10 +8,9 @@ from loraforge.adapter import Adapter, named_tensors
 from loraforge.checkpoint.changes import Change
 from loraforge.checkpoint.plan import Ingredient, plan_changes
 from loraforge.checkpoint.reader import Checkpoint
-from loraforge.errors import NotFoundError
 from loraforge.registry import Registry
 from loraforge_registry.digest import Digest
-from loraforge_registry.trees import TreeRecord, parent_path
+from loraforge_registry.trees import TreeRecord, only_path
 
 BUDGET = 2 << 30  # bytes
 
@@ -53,18 +52,7 @@ def path_of(record: TreeRecord, path: str) -> dict[str, Digest]:
     Raises:
         NotFoundError: there is no such node.
     """
-    if path and path not in record.nodes:
-        import difflib  # noqa: PLC0415 - only on the way to an error
-
-        near = difflib.get_close_matches(path, record.nodes, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(record.nodes)) or 'none yet'}"
-        raise NotFoundError(f"the tree has no node {path!r}{hint}")
-    above: list[str] = []
-    now: str | None = path or None
-    while now is not None:
-        above.append(now)
-        now = parent_path(now)
-    return {step: record.nodes[step] for step in reversed(above)}
+    return dict(only_path(record, path).nodes) if path else {}
 
 
 def below(record: TreeRecord, path: str) -> list[str]:
