@@ -13,9 +13,10 @@ from loraforge.formats import peft
 from loraforge.registry import Registry
 from loraforge.training import TrainConfig, train
 from loraforge.training.provenance import base_digest, trained
+from loraforge.tree.cache import Cache
 from loraforge.tree.flatten import flatten
 from loraforge.tree.live import Live
-from loraforge.tree.nodes import Cache, below, check_fits, ingredients, path_of
+from loraforge.tree.nodes import below, check_fits, ingredients, path_of
 from loraforge.version import __version__
 from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
@@ -208,12 +209,17 @@ class Tree:
         if id(model) in self._live:
             yield self._live[id(model)]
             return
-        with Live(model, self.base(base), self.cache, lambda path: path_of(self.record, path)) as live:
+        with Live(
+            model, self.base(base), self.cache, lambda path: path_of(self.record, path), self._children_of
+        ) as live:
             self._live[id(model)] = live
             try:
                 yield live
             finally:
                 del self._live[id(model)]
+
+    def _children_of(self, path: str) -> list[Digest]:
+        return [digest for name, digest in self.record.nodes.items() if (parent_path(name) or "") == path]
 
     # --- how it changes ---------------------------------------------------------------------------------------------
 

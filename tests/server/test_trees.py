@@ -8,9 +8,11 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+import loraforge as lf
 from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Artifact, Derivation, Input, encode_manifest
 from loraforge_registry.names import RefName
+from loraforge_registry.remotes import open_remote
 from loraforge_registry.remotes.record import decode_record, encode_record
 from loraforge_registry.remotes.tree_record import TreeOnHub, decode_tree_record, encode_tree_record
 from loraforge_registry.store import Store
@@ -108,6 +110,20 @@ def test_one_path_and_then_another_join(hub, repo, store, run, tmp_path):
         assert both["digest"] == str(store.resolve("t"))
     refused = run("pull", f"hf://{repo}", "--as", "x", "--node", "frensh")
     assert (refused.code, "did you mean 'french'" in refused.err) == (3, True)
+
+
+def test_the_same_from_python(hub, repo, store, tmp_path):
+    there = lf.Registry(store.path)
+    with open_remote(f"hf://{repo}") as remote:
+        remote.publish(store, store.resolve("t"), None, force=False)
+    here = lf.Registry(tmp_path / "other")
+    assert set(store_nodes(here, here.pull(f"hf://{repo}", name="t", node="german"))) == {"german"}
+    assert here.pull(f"hf://{repo}", tmp_path / "out", name="t") == there.store.resolve("t")
+    assert (tmp_path / "out" / "french" / "law" / "adapter_config.json").exists()
+
+
+def store_nodes(registry, digest):
+    return registry.store.tree(digest).nodes
 
 
 def test_a_node_that_went_goes_and_what_others_wrote_stays(hub, repo, store, run, tmp_path):
