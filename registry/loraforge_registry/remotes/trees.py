@@ -23,7 +23,7 @@ def copy_tree(source: Store, target: Store, digest: Digest, name: RefName, *, fo
     if target.exists and target.has(digest):
         target.tag(digest, name, force=force, what="push")
     else:
-        with tempfile.TemporaryDirectory(prefix="loraforge-") as folder:
+        with tempfile.TemporaryDirectory(prefix="loraforge-", ignore_cleanup_errors=True) as folder:
             bundle = Path(folder) / "tree.lf"
             source.export_bundle([digest], {}, bundle)
             target.import_bundle(bundle, name=name, force=force)
