@@ -16,8 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from loraforge_registry.git import git_id
+from tests import canary
 
-TOKEN = "hf_canary0123456789abcdef"  # noqa: S105 - never seen outside these tests
+TOKEN = f"hf_{canary.CANARY}"
 
 Files = dict[str, bytes]
 
