@@ -30,6 +30,8 @@ def adapter(tmp_path_factory):
 @pytest.fixture
 def wire(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which peers' tests set
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     with Server(tmp_path / "served") as server, wire_to(server) as wire:
         monkeypatch.setenv("HF_ENDPOINT", wire.url)
         monkeypatch.setenv("HF_TOKEN", server.add_user("me"))
@@ -78,6 +80,8 @@ def test_the_hubs_client(xet, wire, adapter, monkeypatch):
     assert b"PUT " not in wire.up
     assert len(wire.up) < 10_000, "it asks, with 512 bytes of each file, and is told that all is there"
     assert shares(wire, adapter) == (0, 0)
+    client(PUSH, "me/twin", adapter)
+    assert shares(wire, adapter) == (0, 0), "into another repository"
     client(PULL, "me/french")
     assert shares(wire, adapter) == (0, 1)
     client(PULL, "me/french")

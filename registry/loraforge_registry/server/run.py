@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from loraforge_registry.errors import InputOutputError, StoreError
 from loraforge_registry.files import Files
 from loraforge_registry.new_store import check_format, make_store
-from loraforge_registry.server import xet
+from loraforge_registry.server import places
 from loraforge_registry.server.accounts import Accounts
 from loraforge_registry.server.app import LOG, App
 from loraforge_registry.server.hub import Hub, Settings
@@ -47,7 +47,7 @@ def open_hub(store: Path, settings: Settings) -> tuple[Hub, Pins]:
     scratch = state_of(store) / "uploads"
     scratch.mkdir(mode=0o700, exist_ok=True)
     hub = Hub(LocalBlobs(files, pins), LocalRefs(files, pins), accounts, Signer(key), scratch, settings)
-    xet.clean(hub)
+    places.clean(scratch)
     return hub, pins
 
 
