@@ -41,6 +41,12 @@ def look(place, *outputs):
         _hits.add(f"{place} (in {os.environ.get('PYTEST_CURRENT_TEST', '?').partition(' ')[0]})")
 
 
+def places(folder):
+    """Every place that gave a token away: what was looked at, and the files below a folder."""
+    found = [*sorted(_hits), *files_with_it(folder)]
+    return [place.replace(CANARY, "<token>") for place in found]
+
+
 def files_with_it(folder):
     """The files below a folder that hold a token, or have it in their names."""
     patterns = [part for form in FORMS for part in ("-e", form.decode())]
@@ -66,6 +72,5 @@ def no_token_gets_out(tmp_path_factory):
     subprocess.Popen.communicate = watched
     yield
     subprocess.Popen.communicate = communicate
-    places = [*sorted(_hits), *files_with_it(tmp_path_factory.getbasetemp())]
-    said = "\n".join(places).replace(CANARY, "<token>")
-    assert not places, f"a token got out:\n{said}"
+    found = "\n".join(places(tmp_path_factory.getbasetemp()))
+    assert not found, f"a token got out:\n{found}"

@@ -4,7 +4,8 @@
 
 Every pusher keeps what the server acknowledged: commits, and tags that it won. At the end, with the server started once
 more: each such commit is in the history of its branch, each tag was won by one and means its commit, each file has its
-bytes, and fsck finds the store whole. Readers hash every byte; what is timed is the description of a revision.
+bytes, fsck finds the store whole, and no log or file holds a token. Readers hash every byte; what is timed is the
+description of a revision.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import canary
 from tests.hub import Server
 from tests.server.raw import commit, post, request, upload
 
@@ -78,6 +80,7 @@ def storm(path, options):
         worker.join()
     faults = [*map(str, seen.wrong), *_check(server, token, seen)]
     server.stop()
+    faults += [f"a token got out: {place}" for place in canary.places(path.parent)]
     return seen, kills, faults + _fsck(path)
 
 
