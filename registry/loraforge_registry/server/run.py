@@ -25,6 +25,7 @@ from loraforge_registry.server.staged import Staged
 from loraforge_registry.server.tickets import Signer
 
 HEADER_SECONDS = 10.0
+KEEP_ALIVE = 30  # seconds between two requests of a connection
 MAX_HEADERS = 64 * 1024
 MAX_CONNECTIONS = 2000
 
@@ -115,7 +116,7 @@ def serve(hub: Hub, pins: Pins, bound: socket.socket) -> None:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=MAX_CONNECTIONS + 100,
-        timeout_keep_alive=30,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=10,
     )
     try:
@@ -172,7 +173,7 @@ class _Patient(HttpToolsProtocol):
 
 
 def _connections() -> int:
-    """How many connections there may be: each is an open file, as is what it reads. The limit is raised, where it may."""
+    """How many connections there may be; each is an open file, as is what it reads. The limit is raised if it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * MAX_CONNECTIONS
     if soft != resource.RLIM_INFINITY and soft < wanted:
