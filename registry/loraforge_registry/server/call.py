@@ -54,9 +54,7 @@ class Call:
         Raises:
             RefusedError: 413 beyond ``limit``, 408 where it trickles, 400 where the client went away.
         """
-        declared = self.headers.get("content-length")
-        if declared is not None and (not declared.isdecimal() or int(declared) > limit):
-            raise too_large(f"a body of {declared[:20]} bytes; the limit here is {limit}")
+        self._check_declared(limit)
         while piece := anyio.from_thread.run(self._reader.piece, limit):
             yield piece
 
@@ -66,7 +64,13 @@ class Call:
         Raises:
             RefusedError: as ``pieces``.
         """
+        self._check_declared(SMALL_BODY)
         return await self._reader.begin()
+
+    def _check_declared(self, limit: int) -> None:
+        declared = self.headers.get("content-length")
+        if declared is not None and (not declared.isdecimal() or int(declared) > limit):
+            raise too_large(f"a body of {declared[:20]} bytes; the limit here is {limit}")
 
     def body(self, limit: int = SMALL_BODY) -> bytes:
         """Return a small body whole."""
