@@ -233,15 +233,19 @@ def _check_encoding(response: http.client.HTTPResponse, host: str) -> None:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another attempt would end the same: a wrong certificate, a host that is not there."""
+    """Whether another attempt would end the same: a wrong certificate, no TLS at all, a host that is not there."""
     reason = getattr(error, "reason", error)
-    return isinstance(reason, ssl.SSLCertVerificationError | ConnectionRefusedError) or "Name or service" in str(reason)
+    return isinstance(reason, ssl.SSLError | ConnectionRefusedError) or "Name or service" in str(reason)
 
 
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", error)
     if isinstance(reason, TimeoutError):
         return f"no answer for {TIMEOUT:g} seconds"
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"its certificate is not to be trusted: {reason.verify_message}"
+    if isinstance(reason, ssl.SSLError):
+        return f"it does not speak TLS ({reason.reason}); is its address http://?"
     if isinstance(reason, OSError) and reason.strerror:
         return f"cannot be reached: {reason.strerror}"
     return str(reason) or type(reason).__name__

@@ -6,6 +6,7 @@ import logging
 import resource
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -65,10 +66,12 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(1024)
+        with ExitStack() as closing:
+            found = closing.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(1024)
+            closing.pop_all()
     except OSError as error:
         raise InputOutputError(error.errno or 0, f"{host} port {port}: {error.strerror or error}") from error
     return found

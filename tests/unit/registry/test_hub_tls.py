@@ -71,6 +71,14 @@ def test_a_certificate_that_is_not_right(case, serve, run):
     assert (hub.requests, hub.tokens) == ([], []), "not even asked, and no token"
 
 
+def test_no_tls_at_all(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with running_hub() as plain:
+        monkeypatch.setenv("HF_ENDPOINT", plain.url.replace("http:", "https:"))
+        ran = run("pull", "hf://me/french", "--as", "x:v1")
+        assert (ran.code, "does not speak TLS" in ran.err, ran.err.count("\n")) == (5, True, 1), ran.err
+
+
 def test_a_right_one_and_then_no_way_to_plain_text(serve, run):
     hub = serve()
     with running_hub() as plain:
