@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 from loraforge_registry import git
 from loraforge_registry.digest import Digest
@@ -168,16 +169,22 @@ def revision_of(hub: Hub, digest: Digest) -> Revision:
     """
     cached = _KNOWN.get(digest)
     if cached is None:
-        record = hub.refs.record(digest)
-        commit = record if isinstance(record, CommitRecord) else _as_commit(hub, digest, record)
-        cached = Revision(commit.id, digest, commit)
-        if len(_KNOWN) > 20_000:
-            _KNOWN.clear()
-        _KNOWN[digest] = cached
+        with _LOADING:
+            cached = _KNOWN.get(digest) or _load_revision(hub, digest)
+            if len(_KNOWN) > 20_000:
+                _KNOWN.clear()
+            _KNOWN[digest] = cached
     return cached
 
 
 _KNOWN: dict[Digest, Revision] = {}  # they never change: a digest is of all that they are
+_LOADING = Lock()  # a server that begins is asked by all at once: each history is read once, not by every thread
+
+
+def _load_revision(hub: Hub, digest: Digest) -> Revision:
+    record = hub.refs.record(digest)
+    commit = record if isinstance(record, CommitRecord) else _as_commit(hub, digest, record)
+    return Revision(commit.id, digest, commit)
 
 
 def resolve(hub: Hub, repository: Repository, revision: str) -> Revision:
@@ -195,7 +202,11 @@ def resolve(hub: Hub, repository: Repository, revision: str) -> Revision:
     for table in tables:
         if plain in table:
             return revision_of(hub, table[plain])
-    if _COMMIT.fullmatch(revision):
+    if _COMMIT.fullmatch(revision) and len(revision) == 40:
+        whole = next((r for r in history(hub, *repository.record.needs) if r.id == revision), None)
+        if whole is not None:
+            return whole
+    elif _COMMIT.fullmatch(revision):
         found = {r.digest: r for r in history(hub, *repository.record.needs) if r.id.startswith(revision)}
         if len({r.id for r in found.values()}) == 1:
             return next(iter(found.values()))
