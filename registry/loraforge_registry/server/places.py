@@ -82,6 +82,15 @@ def give_up(scratch: Path, place: str) -> None:
         shutil.rmtree(directory_of(scratch, place), ignore_errors=True)
 
 
+def waiting(directory: Path) -> int:
+    """The bytes of xorbs that lie in a place; another upload may end, and take some away, meanwhile."""
+    size = 0
+    for path in directory.iterdir():
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size if _HASH.fullmatch(path.name) else 0
+    return size
+
+
 def recipe_of(directory: Path, xorb: str) -> Recipe | None:
     """What is known of a xorb."""
     try:

@@ -47,7 +47,7 @@ def xorb(hub: Hub, call: Call) -> Response:
     if _HASH.fullmatch(name) is None:
         raise bad_request("not the hash of a xorb")
     limit = hub.settings.quota or 2 * hub.settings.max_file
-    if sum(path.stat().st_size for path in directory.iterdir() if _HASH.fullmatch(path.name)) > limit:
+    if places.waiting(directory) > limit:
         raise too_large(f"more than {limit} bytes wait for their shard")
     temporary = directory / secrets.token_hex(8)
     try:
