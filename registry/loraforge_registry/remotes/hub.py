@@ -342,6 +342,8 @@ def search(client: Client, text: str, limit: int) -> list[dict[str, Json]]:
     try:
         rows = client.json(f"/api/models?{query}")
     except RefusalError as error:
+        if error.status == 401 and client.token:
+            raise RemoteError(f"{client.host} does not accept the token (hf auth login, or HF_TOKEN)") from None
         raise RemoteError(f"{client.host} answered {error.status}: {error.said}") from None
     return _rows(rows)[:limit]
 
