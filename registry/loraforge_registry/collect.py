@@ -5,7 +5,7 @@ written is pinned by a session, and the kernel knows which sessions live.
 """
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -81,6 +81,7 @@ def collect(files: Files, *, dry_run: bool, now: bool = False) -> Collection:
         garbage = tuple(_garbage(files, needed))
         leftovers = (*(f"sessions/{name}" for name in sorted(dead)), *_ownerless(files, living))
         if not dry_run:
+            _settle_names(files, garbage)
             moved = _move_to_trash(files, garbage, needs)
             _remove(files, leftovers)
     if dry_run:
@@ -88,6 +89,12 @@ def collect(files: Files, *, dry_run: bool, now: bool = False) -> Collection:
     emptied = _trash_size(files, before)
     _remove(files, (f"trash/{name}" for name in (*before, *(moved if now else ()))))
     return Collection(garbage, leftovers, len(pins), emptied)
+
+
+def _settle_names(files: Files, garbage: Sequence[Garbage]) -> None:
+    """Make the refs that were read durable: who moved one, may not have got so far, and a cut would bring it back."""
+    if garbage:
+        files.sync("refs")
 
 
 def _read_ahead(files: Files, records: Records) -> dict[Digest, tuple[Digest, ...]]:

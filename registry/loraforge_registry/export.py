@@ -129,8 +129,8 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _discard(staging: Path) -> None:
-    """Remove what an error left; after success nothing has this name."""
-    with suppress(FileNotFoundError):
+    """Remove what an error left, which is then what to say; after success nothing has this name."""
+    with suppress(OSError):
         for path in sorted(staging.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         staging.rmdir()

@@ -28,8 +28,10 @@ def loads(data: bytes, *, max_bytes: int, max_depth: int) -> Json:
         raise FormatError(f"nested deeper than {max_depth}") from error
     except FormatError:
         raise
-    except ValueError as error:  # JSONDecodeError, and integers beyond Python's digit limit
+    except json.JSONDecodeError as error:
         raise FormatError(f"not JSON: {str(error)[:200]}") from error
+    except ValueError as error:  # Python's limit
+        raise FormatError("a whole number of thousands of digits") from error
     _check(value, max_depth, max_depth)
     return value
 

@@ -102,7 +102,7 @@ def fault_hook(fault: str, at: int, shim: Shim, reached: Callable[[], object]) -
     if kind == "short":
         shim.shorten = lambda number: number == at or (not once and number > at)
 
-    def hook(number: int, name: str, _arguments: tuple[object, ...]) -> None:
+    def hook(number: int, name: str, arguments: tuple[object, ...]) -> None:
         if number < at or (number > at and (once or kind in ("kill", "term"))):
             return
         reached()
@@ -111,7 +111,8 @@ def fault_hook(fault: str, at: int, shim: Shim, reached: Callable[[], object]) -
         elif kind == "term":
             os.kill(os.getpid(), signal.SIGTERM)
         elif kind != "short" and name != "flock":
-            raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+            what = getattr(errno, kind), os.strerror(getattr(errno, kind))
+            raise OSError(*what) if isinstance(arguments[0], int) else OSError(*what, arguments[0])  # as os says it
 
     return hook
 

@@ -564,6 +564,9 @@ MUTANTS: dict[str, tuple[Patch, Look]] = {
         power_of_two(
             lambda w: put(Store(w.store), w.adapters[5]), lambda w: Store(w.store).tag(w.digests[5], RefName("t"))),
     ),
+    "a collection trusts names that are not durable": (
+        swap(collect, "_settle_names", nothing),
+        power_of_two(lambda w: Store(w.store).remove(RefName("a", "v1")), lambda w: Store(w.store).gc(dry_run=False))),
     "a collection syncs nothing between manifests and blobs": (no_sync_of("manifests"), power("gc")),
     "FORMAT is not synced": (format_without_fsync, power("push into a new store")),
     "the store's name is not synced": (

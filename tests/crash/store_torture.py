@@ -25,6 +25,7 @@ from tests.crash.store_scenarios import (
     NEW_STORE,
     SCENARIOS,
     Figures,
+    Scenario,
     count_by_strace,
     enumerate_faults,
     enumerate_pairs,
@@ -48,14 +49,26 @@ def faults(seed: int, *, short: bool) -> Found:
     """Every call of every command times every fault."""
     jobs = [(scenario.name, seed, short) for scenario in (NEW_STORE, *SCENARIOS)]
     total = sum(_in_processes(_faults_of, jobs), Figures())
+    # behind the others: forks of a process with torch in it are slow
+    parts = os.cpu_count() or 1
+    total = sum(_in_processes(_faults_of_making, [(part, parts, seed, short) for part in range(parts)]), total)
     return {"injections": total.injections, "commands": total.commands, "slowest next command": round(total.slowest, 3),
             "wrong": total.wrong}  # fmt: skip
 
 
-def _faults_of(name: str, seed: int, short: bool) -> Figures:  # noqa: FBT001 - crosses to another process
-    scenario = store_mutants.by_name(name)
-    generator = random.Random(f"{seed} {name}")
-    rare = 4 * SHORT_FAULTS if scenario is NEW_STORE else SHORT_FAULTS
+def _faults_of_making(part: int, parts: int, seed: int, short: bool) -> Figures:  # noqa: FBT001 - to another process
+    from tests.crash.store_derivations import MAKING
+
+    return sum((_strike(scenario, seed, short=short) for scenario in MAKING[part::parts]), Figures())
+
+
+def _faults_of(name: str, seed: int, short: bool) -> Figures:  # noqa: FBT001 - as above
+    return _strike(store_mutants.by_name(name), seed, short=short)
+
+
+def _strike(scenario: Scenario, seed: int, *, short: bool) -> Figures:
+    generator = random.Random(f"{seed} {scenario.name}")
+    rare = 4 * SHORT_FAULTS if scenario is NEW_STORE or "tree" in scenario.name else SHORT_FAULTS
     choose = (lambda _at: generator.randrange(rare) == 0) if short else (lambda _at: True)
     with world() as made:
         return enumerate_faults(made, scenario, choose=choose)

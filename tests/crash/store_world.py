@@ -16,7 +16,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.files import Files
 from loraforge_registry.ingest import open_adapter
-from loraforge_registry.manifest import Artifact, Derivation, Input
+from loraforge_registry.manifest import Artifact, Derivation, File, Input
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
 from tests.bad_files import tensors, write_adapter
@@ -115,7 +115,7 @@ def _set_shards(shards: tuple[str, ...]) -> None:
 
 def remove_outputs(root: Path) -> None:
     """Remove what commands wrote outside the store, half or whole."""
-    for path in root.glob("*out*"):
+    for path in (*root.glob("*out*"), *root.glob("*.lock")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -126,6 +126,7 @@ class World:
     root: Path
     adapters: list[Path] = field(default_factory=list)
     digests: list[Digest] = field(default_factory=list)
+    output: Snapshot = field(default_factory=dict)  # what a command without faults writes beside the store
 
     def __post_init__(self) -> None:
         with quick_disk():
@@ -148,6 +149,11 @@ class World:
         put(store, self.adapters[4], RefName("child"), derivation=derived(parents))
         self.sources = snapshot(self.root / "adapters")
         self.start = snapshot(self.store)
+
+    def changed_sources(self, *, remote: bool) -> list[str]:
+        """I9: what a command only reads is as it was; of a remote store what is read there is pinned."""
+        wrong = [] if snapshot(self.root / "adapters") == self.sources else ["I9: a source changed"]
+        return wrong + (closure(self.root / "backup") if remote else [])
 
     @property
     def store(self) -> Path:
@@ -204,15 +210,22 @@ def closure(root: Path) -> list[str]:
     for line in store.ls():
         try:
             assert line.digest is not None, line.problem
-            manifest = store.manifest(line.digest)
-            for file in manifest.files:
-                assert len(store.read_file(file, 1 << 20)) == file.size
-            for parent in manifest.derivation.artifacts() if manifest.derivation else ():
-                store.manifest(parent)
+            _read_all(store, line.digest)
         except (LoraforgeError, AssertionError) as error:
             found.append(f"I3: {line.ref}: {error}")
     report = store.fsck()
     return found + [f"I3: {p.kind} {p.place}: {p.said}" for p in report.problems if p.is_damage]
+
+
+def _read_all(store: Store, digest: Digest) -> None:
+    """Read every byte of a record, and of the nodes of a tree."""
+    record = store.record(digest)
+    for node in record.needs:
+        _read_all(store, node)
+    for blob, size in record.blobs.items():
+        assert len(store.read_file(File("", blob, size), 1 << 20)) == size
+    for parent in record.lineage:
+        store.manifest(parent)
 
 
 def reflogs(root: Path) -> list[str]:

@@ -14,6 +14,7 @@ from loraforge_registry.files import Files
 from loraforge_registry.names import RefName
 from loraforge_registry.sessions import open_session
 from loraforge_registry.store import Store
+from tests.crash import store_mutants
 from tests.crash.store_faults import Fork, interleave
 from tests.crash.store_world import (
     World,
@@ -269,3 +270,9 @@ def test_a_real_lock_keeps_out(world):
     with files.lock("gc", shared=True) as first, files.lock("gc", shared=True) as second:
         assert first
         assert second
+
+
+def test_a_power_cut_brings_back_no_name_whose_artifact_was_collected():
+    """A name that is removed but not yet durably so, and a collection that sees it gone already."""
+    look = store_mutants.MUTANTS["a collection trusts names that are not durable"][1]
+    assert store_mutants.judge(None, look) == []

@@ -224,7 +224,7 @@ STRICTER_JSON = (
     "unpaired surrogate",
     "too large for float64",
     "-0 is",
-    "the limit is 4000",
+    "the limit is 5000",
 )
 
 
@@ -234,7 +234,7 @@ def strict(data: bytes) -> str:
     except (ValueError, RecursionError):
         theirs = None
     try:
-        value = strict_json.loads(data, max_bytes=4000, max_depth=8)
+        value = strict_json.loads(data, max_bytes=5000, max_depth=8)
     except FormatError as error:
         return refused(error) if theirs is None else _reason(str(error), {words: words for words in STRICTER_JSON})
     assert theirs is not None

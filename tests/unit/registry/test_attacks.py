@@ -7,11 +7,9 @@ command line is ``tests/cli/test_bad_input.py``; what any bytes do, ``tests/prop
 import itertools
 import json
 import os
-import resource
 import struct
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from loraforge_registry.errors import (
     FormatError,
     HeaderError,
     KeyMismatchError,
-    LoraforgeError,
     ManifestError,
     NotFoundError,
     ReferenceSyntaxError,
@@ -36,51 +33,11 @@ from loraforge_registry.header import read_header
 from loraforge_registry.ingest import open_adapter
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
+from tests.attacks import Attack, judge
 from tests.bad_files import PREFIX, config, file_bytes, header_fields, pair, tensors, write_adapter
 from tests.crash.store_world import in_memory, put, quick_disk, snapshot
 
-SECONDS, MEGABYTES = 2, 256
 HEX = "0123456789abcdef" * 4
-
-
-@dataclass(frozen=True)
-class Attack:
-    """What is made in a directory, what is done with it, and how that must end; ``{home}`` is the directory."""
-
-    name: str
-    make: Callable[[Path], object]
-    act: Callable[[Any], object]
-    error: type[LoraforgeError]
-    says: str
-
-
-@dataclass(frozen=True)
-class Ended:
-    error: str
-    says: str
-    seconds: float
-    megabytes: float
-
-
-def measured(act: Callable[[], object]) -> Ended:
-    """Run in a fork, and say what it raised and what it took."""
-    hear, say = os.pipe()
-    sys.stdout.flush()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-        try:
-            said = ["", f"took it: {act()!r:.200}"]
-        except BaseException as error:  # noqa: BLE001 - the parent judges it
-            said = [type(error).__name__, str(error)]
-        os.write(say, json.dumps(said).encode())
-        os._exit(0)
-    os.close(say)
-    with os.fdopen(hear, "rb") as pipe:
-        said = json.loads(pipe.read() or b'["died", "died"]')
-    _, _, used = os.wait4(child, 0)
-    return Ended(said[0], said[1], used.ru_utime + used.ru_stime, (used.ru_maxrss * 1024 - before) / 2**20)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -385,13 +342,15 @@ def home():
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=[attack.name for attack in ATTACKS])
 def test_an_attack(attack, home):
-    made = attack.make(home)
-    store = home / "store"
-    before = snapshot(store) if attack not in WEIGHTS and store.exists() and "10 GB" not in attack.name else None
-    ended = measured(lambda: attack.act(made))
-    assert (ended.error, ended.says) == (attack.error.__name__, attack.says.replace("{home}", str(home)))
-    assert ended.seconds < SECONDS
-    assert ended.megabytes < MEGABYTES
+    before, store = None, home / "store"
+
+    def make(home):
+        nonlocal before
+        made = attack.make(home)
+        before = snapshot(store) if attack not in WEIGHTS and store.exists() and "10 GB" not in attack.name else None
+        return made
+
+    judge(replace(attack, make=make), home)
     assert before is None or snapshot(store) == before
     assert not (home / "out").exists()
 
