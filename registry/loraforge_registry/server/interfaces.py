@@ -4,7 +4,7 @@
 more module each: nothing else of the server knows where either lies.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from loraforge_registry.digest import Digest
@@ -37,11 +37,11 @@ class Blobs(Protocol):
 class Refs(Protocol):
     """Records under their SHA-256, and names for them."""
 
-    def names(self) -> list[str]:
-        """All names, sorted."""
+    def names(self) -> dict[str, list[str]]:
+        """All names, sorted, and what each one's tags are called: one question, however many there are."""
 
-    def tags(self, name: str) -> dict[str, Digest]:
-        """What a name's tags mean."""
+    def tags(self, name: str, called: Sequence[str] | None = None) -> dict[str, Digest]:
+        """What a name's tags mean; ``called`` is what ``names`` said of it, where that is known."""
 
     def read(self, name: str) -> Digest | None:
         """What ``name:latest`` means: for a repository, its record."""

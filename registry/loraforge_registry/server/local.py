@@ -3,13 +3,13 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 
 from loraforge_registry import canonical, objects, refs
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import ConflictError, NotFoundError, StoreError
+from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.files import Files
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.records import Record, Records
@@ -91,14 +91,18 @@ class LocalRefs:
         self._pins = pins
         self._records: Callable[[Digest], Record] = lru_cache(4096)(self._read_record)
 
-    def names(self) -> list[str]:
-        """All names."""
-        return sorted({ref.name for ref, _ in refs.list_refs(self._files)})
+    def names(self) -> dict[str, list[str]]:
+        """All names, and what their tags are called: the names in the directory, not what each means."""
+        found: dict[str, list[str]] = {}
+        for text in self._files.names("refs"):
+            with suppress(ReferenceSyntaxError):  # not a ref's file name: not ours
+                ref = RefName(*text.partition("@")[::2])
+                found.setdefault(ref.name, []).append(ref.tag)
+        return dict(sorted(found.items()))
 
-    def tags(self, name: str) -> dict[str, Digest]:
+    def tags(self, name: str, called: Sequence[str] | None = None) -> dict[str, Digest]:
         """A name's tags; one that is damaged is for ``fsck`` to say."""
-        # the names in the directory, not what each means: a store may have many
-        mine = [text.partition("@")[2] for text in self._files.names("refs") if text.partition("@")[0] == name]
+        mine = self.names().get(name, []) if called is None else called
         found = {tag: refs.read_ref(self._files, RefName(name, tag)) for tag in mine}
         return {tag: digest for tag, digest in found.items() if digest is not None}
 

@@ -5,7 +5,7 @@ machine is one, too, which can only be read: each tag is a commit without a pare
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -132,21 +132,21 @@ def check_writer(user: User | None, namespace: str) -> User:
     return user
 
 
-def load(hub: Hub, name: str) -> Repository | None:
-    """Return what is under a name, whoever asks."""
+def load(hub: Hub, name: str, called: Sequence[str] | None = None) -> Repository | None:
+    """Return what is under a name, whoever asks; ``called`` is what its tags are called, where that is known."""
     digest = hub.refs.read(name)
     if digest is not None:
         record = hub.refs.record(digest)
         if isinstance(record, RepositoryRecord):
             return Repository(name, record, digest)
-    return _of_this_machine(hub, name)
+    return _of_this_machine(hub, name, called)
 
 
 def everything(hub: Hub, user: User | None) -> Iterator[Repository]:
     """Yield every repository that somebody may see, by name; what is damaged is for ``fsck`` to say."""
-    for name in hub.refs.names():
+    for name, called in hub.refs.names().items():
         try:
-            found = load(hub, name)
+            found = load(hub, name, called)
         except (LoraforgeError, OSError):
             continue
         if found is not None and may_read(hub, found, user):
@@ -264,8 +264,8 @@ def _blobs_below(hub: Hub, heads: tuple[Digest, ...]) -> Mapping[Digest, int]:
     return {digest: size for revision in history(hub, *heads) for digest, size in revision.commit.blobs.items()}
 
 
-def _of_this_machine(hub: Hub, name: str) -> Repository | None:
-    tags = {tag: digest for tag, digest in hub.refs.tags(name).items() if _is_adapter(hub, digest)}
+def _of_this_machine(hub: Hub, name: str, called: Sequence[str] | None) -> Repository | None:
+    tags = {tag: digest for tag, digest in hub.refs.tags(name, called).items() if _is_adapter(hub, digest)}
     if not tags:
         return None
     identity = name.replace("--", "/", 1)
