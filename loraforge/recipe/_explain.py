@@ -89,8 +89,10 @@ def _known(adapter: Adapter, store: Store, *, derived: bool) -> Iterator[tuple[s
     for digest in _ancestors(store, adapter.derivation):
         labels.setdefault(digest, f"sha256:{digest.short}")
     own = content_id(adapter)
-    seen = {own}
+    seen: set[Digest] = set()
     for digest, label in labels.items():
+        if adapter.origin is not None and digest == adapter.origin.digest:
+            continue  # it is itself; another of the same content says what it is
         manifest = store.manifest(digest)
         if manifest.content_id in seen or not _may_be_one_base(adapter.settings.base_name, manifest.base_name):
             continue

@@ -111,3 +111,17 @@ def test_a_store_explains_by_what_was_not_itself_derived(tmp_path):
     assert [part.label for part in only.parts] == ["law:v1"]
     assert only.residual > 0.5
     assert dense(blend)
+
+
+def test_a_copy_of_a_known_adapter_is_that_adapter(tmp_path):
+    """Also where it has the same content: what is left out is the artifact itself, not its equals."""
+    store = lf.Registry(tmp_path / "store")
+    store.push(drawn(1), "french:v1")
+    store.push(drawn(2), "law:v1")
+    french = store.load("french:v1")
+    store.push(lf.linear([(french, 0.7), (french, 0.3)]), "twice:v1")
+    for source in ("twice:v1", drawn(1)):
+        found = lf.explain(source, store)
+        assert [part.label for part in found.parts] == ["french:v1"]
+        assert found.residual < 1e-6
+    assert lf.explain("french:v1", store).residual == pytest.approx(1)
