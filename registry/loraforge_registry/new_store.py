@@ -28,7 +28,11 @@ def make_store(root: Path) -> None:
     """
     with naming(root):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        strangers = sorted(set(os.listdir(root)) - {d.partition("/")[0] for d in DIRECTORIES} - {"index.sqlite"})
+        if check_format(root):  # another process has made it since
+            return
+        strangers = sorted(
+            set(os.listdir(root)) - {d.partition("/")[0] for d in DIRECTORIES} - {"index.sqlite", "FORMAT"}
+        )
         if strangers:
             raise StoreError(
                 f"{root} holds {strangers[0]!r} and is not a loraforge store; name an empty or absent directory"

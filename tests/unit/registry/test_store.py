@@ -540,3 +540,11 @@ def test_threads_that_share_a_store_have_sessions_of_their_own(store, sources):
         digests = list(pool.map(publish, range(48)))
     assert [store.resolve(f"n{number}") for number in range(48)] == digests
     assert files_in(store, "sessions", "tmp") == set()
+
+
+def test_a_store_that_somebody_else_makes_meanwhile(tmp_path):
+    source = write_adapter(tmp_path / "adapter")
+    first, second = Store(tmp_path / "store"), Store(tmp_path / "store")
+    digest = put(first, source, RefName("one", "v1")).digest
+    assert put(second, source, RefName("two", "v1")).digest == digest
+    assert sorted(str(named.ref) for named in Store(tmp_path / "store").ls()) == ["one:v1", "two:v1"]
