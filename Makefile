@@ -31,6 +31,7 @@ bench: $(SET_UP)
 torture: $(SET_UP)
 	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.crash.store_torture --seed $(SEED)
 	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.crash.server_storm --seconds 300 --seed $(SEED)
+	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.crash.client_cuts
 	-@$(PIP) atheris
 	PYTHONPATH=.:registry:cli $(BIN)/python -m tests.fuzz.torture --seed $(SEED) --runs $(RUNS)
 

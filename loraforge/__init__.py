@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
     from loraforge.formats.peft import save
     from loraforge.layers import Injected, LoraConfig, attach, inject
-    from loraforge.recipe import Rebuilt, Recipe, explain, rebuild
+    from loraforge.recipe import Rebuilt, Recipe, explain, explain_layers, rebuild
     from loraforge.registry import Registry, load
     from loraforge.training import Halving, Member, Metrics, TrainConfig, Trained, train, train_many
     from loraforge.tree import Node, Tree
@@ -69,6 +69,7 @@ _HOMES = {
     "attach": "loraforge.layers",
     "content_id": "loraforge.adapter",
     "explain": "loraforge.recipe",
+    "explain_layers": "loraforge.recipe",
     "extract": "loraforge.checkpoint.extract",
     "inject": "loraforge.layers",
     "linear": "loraforge.compose",
@@ -117,6 +118,7 @@ __all__ = [
     "attach",
     "content_id",
     "explain",
+    "explain_layers",
     "extract",
     "inject",
     "linear",

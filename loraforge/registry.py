@@ -13,7 +13,7 @@ from loraforge_registry.ingest import TensorHasher, open_adapter
 from loraforge_registry.manifest import CONFIG_FILE, Artifact, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.paths import AnyPath, expand, is_path
-from loraforge_registry.remotes import is_url, open_remote, receive
+from loraforge_registry.remotes import OfferedTree, is_url, open_remote, receive, receive_tree
 from loraforge_registry.store import Named, Store
 from loraforge_registry.system import read_chunks
 
@@ -101,13 +101,15 @@ class Registry:
         to: AnyPath | None = None,
         *,
         name: str | None = None,
+        node: str | None = None,
         with_lineage: bool = False,
         force: bool = False,
     ) -> Digest:
-        """Take an adapter from a remote into the store, or write a stored one as a PEFT directory, or both.
+        """Take an adapter or a tree from a remote into the store, or write a stored one as PEFT directories, or both.
 
         ``source`` is a reference, or a URL: ``hf://org/repo[@revision]`` or ``file:///dir#name[:tag]``; ``name`` is
-        what it is called here. Every byte is checked. Returns the artifact digest.
+        what it is called here; ``node`` is the end of the only path that is taken of a tree. Every byte is checked.
+        Returns the digest of the artifact, or of the tree.
 
         Raises:
             NotFoundError: nothing has this reference.
@@ -116,21 +118,28 @@ class Registry:
             RemoteError: the remote cannot be reached, or its bytes are not what it announced.
         """
         if is_url(source):
-            digest = self._receive(source, name, lineage=with_lineage, force=force)
+            digest = self._receive(source, name, node, lineage=with_lineage, force=force)
         else:
             digest = self.store.resolve(source)
         if to is not None:
-            self.store.export(digest, expand(to))
+            self.store.export(digest, expand(to), node=node)
         return digest
 
-    def _receive(self, url: str, name: str | None, *, lineage: bool, force: bool) -> Digest:
+    def _receive(self, url: str, name: str | None, node: str | None, *, lineage: bool, force: bool) -> Digest:
         with open_remote(url) as remote:
-            offer = remote.offer()
+            tree = remote.tree()
+            if node is not None and tree is None:
+                raise ReferenceSyntaxError(f"{url} is an adapter; node= is about a tree")
+            offer = remote.offer() if tree is None else tree if node is None else tree.along(node)
             ref = offer.name if name is None else RefName.parse(name)
             if ref is None:
                 raise ReferenceSyntaxError(f"{url}: under which name? Give name=")
             what = f"pull {offer.where}"
-            return receive(self.store, remote, offer, ref, force=force, lineage=lineage, what=what).digest
+            if isinstance(offer, OfferedTree):
+                got = receive_tree(self.store, remote, offer, ref, force=force, lineage=lineage, what=what)
+            else:
+                got = receive(self.store, remote, offer, ref, force=force, lineage=lineage, what=what)
+            return got.digest
 
     def ls(self) -> list[Named]:
         """Return every name with a line about its artifact, sorted."""

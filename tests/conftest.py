@@ -8,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from loraforge_cli.main import main
+from tests import canary
+from tests.canary import no_token_gets_out, pytest_runtest_logreport  # noqa: F401 - pytest finds them here
 
 settings.register_profile(
     "loraforge",
@@ -47,6 +49,8 @@ def run(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main()
         printed = capsys.readouterr()
+        if arguments[:3] != ("serve", "user", "add"):
+            canary.look(f"loraforge {arguments[0]}", printed.out, printed.err)
         return Ran(stop.value.code or 0, printed.out, printed.err)
 
     return run_it

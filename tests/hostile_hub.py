@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from loraforge_registry.git import git_id
+from tests import canary
 
-TOKEN = "hf_canary0123456789abcdef"  # noqa: S105 - never seen outside these tests
+TOKEN = f"hf_{canary.CANARY}"
 
 Files = dict[str, bytes]
 
@@ -58,11 +60,12 @@ class Hub:
         self.tokens: list[tuple[str, str]] = []
         self.uploaded = 0
         self.port = 0
+        self.scheme = "http"
         self._spoilers: list[tuple[re.Pattern[str], Callable[[Handler], object]]] = []
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def add(self, name: str, files: Mapping[str, bytes], *, private: bool = False) -> Repo:
         self.repos[name] = Repo(private=private)
@@ -102,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             self.close_connection = True
 
     def answer(self) -> None:
@@ -274,11 +277,14 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
 
 
 @contextmanager
-def running_hub() -> Iterator[Hub]:
+def running_hub(tls: ssl.SSLContext | None = None) -> Iterator[Hub]:
     """Serve a hub on a port of its own."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True
+    if tls is not None:
+        hub.scheme = "https"
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     hub.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from loraforge_registry.server.run import accounts_of
+from tests import canary  # whose tokens every user of a server here gets
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +22,7 @@ class Server:
         self.log = self.store.with_name(f"{self.store.name}.log")
         self.options = options
         self.port = port
+        self.program = ["-m", "loraforge_cli"]
         self.process = None
 
     def __enter__(self):
@@ -35,12 +37,14 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def add_user(self, name, *scopes):
-        return accounts_of(self.store).add(name, scopes)
+        token = accounts_of(self.store).add(name, scopes)
+        assert canary.is_in(token)
+        return token
 
     def start(self):
         begin = self.log.stat().st_size if self.log.exists() else 0
         paths = os.pathsep.join(map(str, (ROOT, ROOT / "registry", ROOT / "cli")))
-        command = [sys.executable, "-m", "loraforge_cli", "--store", self.store, "serve", "--port", self.port]
+        command = [sys.executable, *self.program, "--store", self.store, "serve", "--port", self.port]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*map(str, command), *self.options],

@@ -14,9 +14,9 @@ from loraforge_cli.summary import line
 from loraforge_registry.names import RefName
 
 
-def follow(session: Session, source: str, ref: RefName | None, *, update: bool, force: bool) -> None:
+def follow(session: Session, source: str, ref: RefName | None, *, root: str | None, update: bool, force: bool) -> None:
     """Follow a recipe; without a name for the result only say what would be made."""
-    recipe, registry = Recipe.load(source), Registry(session.store_path)
+    recipe, registry = Recipe.load(source, root=root), Registry(session.store_path)
     if ref is None:
         made = recipe.preview(registry, update=update)
         _say(session, made)

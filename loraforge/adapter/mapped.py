@@ -1,6 +1,7 @@
 """Tensors of a safetensors file, mapped: opening costs the header, a page is read when it is used."""
 
 import mmap
+import threading
 import weakref
 from collections.abc import Iterable
 
@@ -13,6 +14,7 @@ from loraforge_registry.header import Header, TensorEntry
 
 _PAGE = mmap.PAGESIZE
 _MAPPINGS: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()  # by address
+_LOCK = threading.Lock()  # adapters may be opened in one thread while another looks for its mappings
 _EXPENDABLE: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 
 
@@ -28,7 +30,8 @@ def map_tensors(fd: int, header: Header) -> dict[str, Tensor]:
     if not any(entry.end > entry.begin for entry in header.tensors):
         return {entry.name: torch.empty(entry.shape, dtype=_dtype(entry)) for entry in header.tensors}
     mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-    _MAPPINGS[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
+    with _LOCK:
+        _MAPPINGS[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
     return {entry.name: _tensor(mapping, header.data_start, entry) for entry in header.tensors}
 
 
@@ -51,7 +54,9 @@ def discard(tensor: Tensor) -> None:
 
 def _mapping_of(tensor: Tensor) -> list[tuple[int, mmap.mmap]]:
     place = tensor.data_ptr()
-    return [(start, found) for start, found in list(_MAPPINGS.items()) if start <= place < start + len(found)]
+    with _LOCK:
+        known = list(_MAPPINGS.items())
+    return [(start, found) for start, found in known if start <= place < start + len(found)]
 
 
 def _tensor(mapping: mmap.mmap, data_start: int, entry: TensorEntry) -> Tensor:

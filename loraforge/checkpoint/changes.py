@@ -106,7 +106,7 @@ class LowRankSum:
             NumericalError: the factors' norms are beyond what float64 can hold.
         """
         right, b_norm, whole = self._factors = self._factors or self._read()
-        return Product(whole[rows] if whole is not None else Left(self._left(rows)), right, b_norm)
+        return Product(whole[rows] if whole is not None else Left.of(self._left(rows)), right, b_norm)
 
     def release(self) -> None:
         """Forget the factors."""
@@ -126,7 +126,7 @@ class LowRankSum:
         if not math.isfinite(right.norm * b_norm):
             raise NumericalError(f"the update of {self.name!r} is beyond what float64 can hold")
         size = self.terms[0].rows_factor.shape[0] * right.a.shape[0]
-        return right, b_norm, Left(self._left(slice(None))) if size <= _KEPT else None
+        return right, b_norm, Left.of(self._left(slice(None))) if size <= _KEPT else None
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Sum:
     def target(self, block: Tensor, rows: slice) -> Tensor | None:
         """Return ``W + dW``."""
         product = self.delta.rows(rows)
-        return torch.addmm(block.to(torch.float64), product.left.b, product.right.a)
+        return torch.addmm(block.to(torch.float64), product.left.to(torch.float64), product.right.a)
 
     def release(self) -> None:
         """Forget the factors."""

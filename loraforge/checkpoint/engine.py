@@ -29,7 +29,7 @@ from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import NumericalError
 from loraforge_registry.digest import Digest
 
-BLOCK = 3 << 18  # elements: what a thread holds, and hands to the kernel, at a time
+BLOCK = 5 << 18  # elements: what a thread holds, and hands to the kernel, at a time
 MEASURED = 2  # blocks of a tensor, evenly spread, in which fidelity is measured
 SAMPLE = 16_384  # elements of such a block, in rows evenly spread
 MAX_WORKERS = 4

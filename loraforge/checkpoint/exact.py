@@ -18,7 +18,7 @@ The way back, ``RN(W' - B A)``, is the same function. ``rounded_sum`` tells in p
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
@@ -43,31 +43,47 @@ class Columns:
     """The right factor of products, (R, n) in float64, and what is computed of it once for all rows."""
 
     def __init__(self, a: Tensor) -> None:
-        self.a = a.to(torch.float64).contiguous()
+        self.lines: Array = a.T.to(torch.float64).contiguous().numpy()
+        """It as (n, R): a column's numbers lie side by side."""
+        self.a = torch.from_numpy(self.lines).T
         self.norm = column_norm(self.a)
+        self.norms = _norms(self.a)
         self._as: dict[torch.dtype, Tensor] = {torch.float64: self.a}
 
     def to(self, wide: torch.dtype) -> Tensor:
         """Return it in another type."""
         if wide not in self._as:
-            self._as[wide] = self.a.to(wide)
+            self._as[wide] = self.a.to(wide).contiguous()
         return self._as[wide]
 
 
+@dataclass(frozen=True, slots=True)
 class Left:
-    """The left factor of a product, (rows, R) in float64."""
+    """The left factor of a product, (rows, R), in float64 and float32.
 
-    def __init__(self, b: Tensor, single: Tensor | None = None) -> None:
-        self.b = b.contiguous()
-        self.single = self.b.to(torch.float32) if single is None else single
+    They are arrays, since numpy takes rows of them without letting go of the interpreter's lock (see ``Workspace``).
+    """
+
+    b: Array
+    single: Array
+    norms: Array
+
+    @classmethod
+    def of(cls, b: Tensor) -> Self:
+        """Return a factor that is given in float64."""
+        return cls(b.contiguous().numpy(), b.to(torch.float32).contiguous().numpy(), _norms(b.T))
 
     def __getitem__(self, rows: slice) -> "Left":
         """Return some of the rows; nothing is computed anew."""
-        return Left(self.b[rows], self.single[rows])
+        return Left(self.b[rows], self.single[rows], self.norms[rows])
+
+    def __neg__(self) -> "Left":
+        """Return ``-B``."""
+        return Left(-self.b, -self.single, self.norms)
 
     def to(self, wide: torch.dtype) -> Tensor:
         """Return it in float64 or float32."""
-        return self.b if wide == torch.float64 else self.single
+        return torch.from_numpy(self.b if wide == torch.float64 else self.single)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +115,7 @@ class Product:
 
     def negated(self) -> "Product":
         """Return ``-B A``."""
-        return Product(Left(-self.left.b, -self.left.single), self.right, self.b_norm)
+        return Product(-self.left, self.right, self.b_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +148,12 @@ def column_norm(a: Tensor) -> float:
     if _LEAST < square < math.inf:
         return math.sqrt(square) * (1 + 1e-9)
     return math.sqrt(a.shape[0]) * float(wide.abs().max())  # squares beyond float64, or none at all
+
+
+def _norms(a: Tensor) -> Array:
+    """Return bounds of the norms of the columns of a (R, n) in float32, but for what ``_lost`` is far above."""
+    found: Tensor = torch.linalg.vector_norm(a, dim=0)
+    return np.asarray(found.mul_(1 + 2.0**-20).to(torch.float32).numpy())
 
 
 def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Allocate, *, back: bool = False) -> Rounded:
@@ -167,9 +189,12 @@ def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Alloc
 
 def _fused_sum(p: Tensor, product: Product, values: Tensor, allocate: Allocate, *, back: bool) -> Rounded:
     """Do the same in one pass; what that leaves unproved is settled, and the way back from there found, as ever."""
-    radius = 1.05 * (product.gamma(2.0**-24, 5) * product.reach + _lost(product, torch.float32))
-    sums, factors = _product(product, torch.float32, allocate), (product.left.b, product.right.a)
-    found = fused.one_pass(p, sums, radius, values, factors, product.gamma(_UNIT, 2), allocate, back=back)
+    # as ``reach``, element by element
+    rows = product.left.norms * np.float32(1.05 * product.gamma(2.0**-24, 5))
+    bound = product.right.norms, rows, 1.05 * _lost(product, torch.float32)
+    single = product.left.single, product.right.to(torch.float32).numpy()
+    exact = product.left.b, product.right.lines
+    found = fused.one_pass(p, single, bound, values, exact, product.gamma(_UNIT, 2), allocate, back=back)
     top, corrections, unproved = found.top, (found.places, found.units), found.unproved
     if len(unproved):
         bits_of(values).reshape(-1)[unproved] = bits_of(settle(p, product, unproved, values.dtype))
@@ -329,7 +354,7 @@ def _merged(first: Corrections, second: Corrections) -> Corrections:
 def _settle_some(p: Tensor, product: Product, places: Array, dtype: torch.dtype) -> Tensor:
     rows, columns = np.divmod(places, p.shape[1])
     start = p.reshape(-1)[torch.from_numpy(places)].to(torch.float64).numpy()
-    b, a = product.left.b.numpy()[rows].T, product.right.a.numpy()[:, columns]  # (R, k)
+    b, a = product.left.b[rows].T, product.right.a.numpy()[:, columns]  # (R, k)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         terms = b * a
         error = 1.01 * product.gamma(_UNIT, 2) * (np.abs(start) + np.abs(terms).sum(axis=0)) + _LEAST
@@ -350,7 +375,7 @@ def _prove(near: Estimate, dtype: torch.dtype) -> tuple[Tensor, Array]:
 def _rounded_twofold(p: Tensor, product: Product, values: Tensor, *, back: bool) -> Rounded:
     """Into float64 there is nothing wider: every element in twice the precision."""
     for rows in _chunks(p):
-        b, a = product.left.b[rows].numpy().T[:, :, None], product.right.a.numpy()[:, None, :]
+        b, a = product.left.b[rows].T[:, :, None], product.right.a.numpy()[:, None, :]
         values[rows] = dot_at(p[rows].to(torch.float64).numpy(), b, a, torch.float64)
     if not back:
         return Rounded(values, largest_bits(values))

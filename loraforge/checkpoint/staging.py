@@ -116,7 +116,9 @@ class Staging:
 
     def write(self, tensor: TensorAt, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor."""
-        output.write_at(self._fds[tensor.shard], data, tensor.begin + offset, self._directory / tensor.shard)
+        fd, begin = self._fds[tensor.shard], tensor.begin + offset
+        output.write_at(fd, data, begin, self._directory / tensor.shard)
+        output.start_writing(fd, begin, len(data))
 
     def copy(self, tensor: TensorAt) -> None:
         """Copy a tensor that stays as it is, in the kernel."""

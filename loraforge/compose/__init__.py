@@ -6,7 +6,7 @@ from loraforge.compose._exact_sum import exact_sum
 from loraforge.compose._explain import Explanation, Part, explain
 from loraforge.compose._linear import linear, stack
 from loraforge.compose._rerank import Reranked, RerankReport, TargetReport, rerank
-from loraforge.compose._select import layers_of, select
+from loraforge.compose._select import layer_of, layers_of, select
 from loraforge.compose._table import LATEST, METHODS, OPERATIONS, Kind, Operation, check_parameters, perform
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "compare",
     "exact_sum",
     "explain",
+    "layer_of",
     "layers_of",
     "linear",
     "overall",

@@ -1,10 +1,13 @@
 """An adapter as a combination of those that a store knows."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from loraforge import lowrank
 from loraforge.adapter import Adapter, content_id
-from loraforge.compose import LATEST, Explanation
+from loraforge.compose import LATEST, Explanation, layer_of
 from loraforge.compose import explain as combination
+from loraforge.errors import CompositionError
 from loraforge.registry import Registry, load
 from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Derivation, Manifest
@@ -36,15 +39,48 @@ def explain(
         NotFoundError: it is not there.
         CompositionError: it cannot be compared (DoRA, say), or there is nothing to compare it with.
     """
-    registry = registry or Registry()
+    adapter, candidates = _opened(source, registry or Registry(), among, derived=derived)
+    return combination(adapter, candidates, most=most)
+
+
+def explain_layers(
+    source: Adapter | AnyPath,
+    registry: Registry | None = None,
+    *,
+    among: Sequence[AnyPath] = (),
+    derived: bool = False,
+    most: int = 16,
+) -> dict[int | None, Explanation]:
+    """Do as ``explain`` with each layer for itself: a gradient over layers has other coefficients in each.
+
+    The layer of a target is the first number in its path, None where there is none; a layer whose update is zero is
+    left out. Raises as ``explain``.
+    """
+    adapter, candidates = _opened(source, registry or Registry(), among, derived=derived)
+    found = {}
+    for layer in sorted({layer_of(name) for name in adapter.targets}, key=lambda n: -1 if n is None else n):
+        part = _in_layer(adapter, layer)
+        if any(lowrank.norm(*pair.matrices) for pair in part.targets.values()):
+            here = {label: _in_layer(other, layer) for label, other in candidates.items()}
+            found[layer] = combination(part, here, most=most)
+    if not found:
+        raise CompositionError("the adapter's update is zero: there is nothing to explain")
+    return found
+
+
+def _in_layer(adapter: Adapter, layer: int | None) -> Adapter:
+    return replace(adapter, targets={n: pair for n, pair in adapter.targets.items() if layer_of(n) == layer})
+
+
+def _opened(
+    source: Adapter | AnyPath, registry: Registry, among: Sequence[AnyPath], *, derived: bool
+) -> tuple[Adapter, dict[str, Adapter]]:
+    """Return the adapter, and what it is to be written by."""
     adapter = source if isinstance(source, Adapter) else load(source, registry=registry)
     if among:
-        candidates = {str(other): load(other, registry=registry) for other in among}
-    else:
-        candidates = {
-            label: registry.load(str(digest)) for label, digest in _known(adapter, registry.store, derived=derived)
-        }
-    return combination(adapter, candidates, most=most)
+        return adapter, {str(other): load(other, registry=registry) for other in among}
+    known = _known(adapter, registry.store, derived=derived)
+    return adapter, {label: registry.load(str(digest)) for label, digest in known}
 
 
 def _known(adapter: Adapter, store: Store, *, derived: bool) -> Iterator[tuple[str, Digest]]:

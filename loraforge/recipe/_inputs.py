@@ -15,7 +15,6 @@ from loraforge.registry import Registry
 from loraforge_registry.digest import Digest
 from loraforge_registry.ingest import examine, open_adapter
 from loraforge_registry.manifest import encode_manifest
-from loraforge_registry.paths import expand
 
 
 @dataclass(frozen=True)
@@ -28,31 +27,60 @@ class Opened:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class Around:
+    """Where a recipe lies: its paths begin at ``folder`` and stay below ``root``; ``lock`` is what pins its inputs."""
+
+    folder: Path
+    root: Path
+    lock: Path
+
+
 def open_inputs(
-    sources: Mapping[str, Source], folder: Path, registry: Registry, pins: Mapping[str, Pin], lock: Path
+    sources: Mapping[str, Source], around: Around, registry: Registry, pins: Mapping[str, Pin]
 ) -> dict[str, Opened]:
     """Open every input; ``pins`` are the lock's, none where there is none or they shall be renewed.
 
-    A pin counts while the recipe calls the input what it did. Paths begin at the recipe's ``folder``.
+    A pin counts while the recipe calls the input what it did.
 
     Raises:
-        RecipeError: an input is not what the lock says.
+        RecipeError: an input is not what the lock says, or a path leads out of the root.
         NotFoundError, FormatError, StoreError: it is not there, or damaged; each with the input's place in front.
     """
+    paths = {name: _path(source, around) for name, source in sources.items() if "/" in source.text}
     found = {}
     for name, source in sources.items():
         pin = pins.get(name)
         pin = pin if pin is not None and pin.source == source.text else None
         with _placed(source.place):
-            if "/" in source.text:
-                found[name] = _open_path(name, source.text, folder, pin, lock)
+            if name in paths:
+                found[name] = _open_path(name, source.text, paths[name], pin, around.lock)
             else:
-                found[name] = _open_reference(name, source.text, folder, registry, pin, lock)
+                found[name] = _open_reference(name, source.text, around.folder, registry, pin, around.lock)
     return found
 
 
-def _open_path(name: str, text: str, folder: Path, pin: Pin | None, lock: Path) -> Opened:
-    path = folder / expand(text)
+def _path(source: Source, around: Around) -> Path:
+    """Where an input lies. A recipe may be a stranger's, so that it says where to look only below its own directory.
+
+    Raises:
+        RecipeError: it begins elsewhere, or leads elsewhere, by ``..`` or a link.
+    """
+    text = source.text
+    if text[0] in "~$":
+        source.place.refuse(
+            f"{text[:80]!r}: nothing is put in for {text.partition('/')[0][:40]}; write the path itself"
+        )
+    path = around.folder / text
+    if not path.resolve().is_relative_to(around.root.resolve()):
+        source.place.refuse(
+            f"{text[:80]!r} is outside {around.root}, and a recipe's paths stay below its own directory; name another "
+            "one that they may be in (--root DIR), or push the adapter and name it as it is called in the store"
+        )
+    return path
+
+
+def _open_path(name: str, text: str, path: Path, pin: Pin | None, lock: Path) -> Opened:
     with open_adapter(path) as incoming:
         manifest, _ = examine(incoming)
     if pin is not None and pin.content_id != manifest.content_id:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from loraforge.adapter import Adapter
 from loraforge.compose import Reranked, RerankReport
-from loraforge.errors import ConflictError, FormatError, RecipeError
-from loraforge.recipe._inputs import Opened, open_inputs
+from loraforge.errors import ConflictError, FormatError, NotFoundError, RecipeError
+from loraforge.recipe._inputs import Around, Opened, open_inputs
 from loraforge.recipe._lock import Pin, lock_path, read_lock, write_lock
 from loraforge.recipe._nodes import MAX_BYTES, read_nodes
 from loraforge.recipe._schema import Document, Step, read_document
@@ -56,13 +56,14 @@ class Recipe:
 
     path: Path
     document: Document
+    root: Path
 
     @classmethod
-    def load(cls, path: AnyPath) -> "Recipe":
-        """Read a recipe.
+    def load(cls, path: AnyPath, *, root: AnyPath | None = None) -> "Recipe":
+        """Read a recipe. The paths of its inputs stay below ``root``; without one, below its own directory.
 
         Raises:
-            NotFoundError: no such file.
+            NotFoundError: no such file, or root.
             RecipeError: with file, line and column: not plain YAML, or against the schema.
         """
         file = expand(path)
@@ -72,7 +73,10 @@ class Recipe:
             data = read_small(file, MAX_BYTES)
         except FormatError as error:
             raise RecipeError(f"{path}:1:1: {str(error).removeprefix(f'{file}: ')}") from error
-        return cls(file, read_document(read_nodes(data, str(path))))
+        below = file.parent if root is None else expand(root)
+        if not below.is_dir():
+            raise NotFoundError(f"{root}: no such directory, so no input of {path} can be in it")
+        return cls(file, read_document(read_nodes(data, str(path))), below)
 
     def lock(self, registry: Registry | None = None, *, update: bool = False) -> Mapping[str, Pin]:
         """Pin every input in the lock beside the recipe, and return the pins; with ``update`` as they are now.
@@ -112,8 +116,12 @@ class Recipe:
 
     def _open(self, registry: Registry, *, update: bool) -> dict[str, Opened]:
         lock = lock_path(self.path)
+        if lock.absolute().parent.resolve().is_relative_to(registry.store.path.resolve()):
+            raise RecipeError(
+                f"{self.path}:1:1: is in the store {registry.store.path}, where only the store writes; move it"
+            )
         pins = {} if update else read_lock(lock)
-        return open_inputs(self.document.inputs, self.path.parent, registry, pins, lock)
+        return open_inputs(self.document.inputs, Around(self.path.parent, self.root, lock), registry, pins)
 
     def _follow(
         self, registry: Registry, *, update: bool, keep: bool, ref: RefName | None = None, force: bool = False

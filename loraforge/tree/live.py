@@ -21,11 +21,13 @@ from loraforge.checkpoint.homes import find_homes
 from loraforge.checkpoint.reader import Checkpoint, TensorAt, open_checkpoint
 from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import CompositionError
-from loraforge.tree.nodes import Cache, Key, Plans
+from loraforge.tree.cache import Cache
+from loraforge.tree.nodes import Key, Plans
 from loraforge_registry.digest import Digest
 from loraforge_registry.paths import AnyPath
 
 Find: TypeAlias = Callable[[str], Mapping[str, Digest]]
+Children: TypeAlias = Callable[[str], Iterable[Digest]]
 
 
 class Live:
@@ -35,8 +37,9 @@ class Live:
     that nodes change meanwhile.
     """
 
-    def __init__(self, model: nn.Module, base: AnyPath, cache: Cache, find: Find) -> None:
+    def __init__(self, model: nn.Module, base: AnyPath, cache: Cache, find: Find, children: Children) -> None:
         self._model, self._find_path = model, find
+        self._cache, self._children = cache, children
         self._files = ExitStack()
         self._checkpoint = self._files.enter_context(open_checkpoint(base))
         self._pages = {
@@ -57,8 +60,12 @@ class Live:
         self.close()
 
     def checkout(self, path: str) -> None:
-        """Put the weights of the node at ``path`` into the model (see ``move``); ``""`` is the base."""
+        """Put the weights of the node at ``path`` into the model (see ``move``); ``""`` is the base.
+
+        What grew on the node is then opened ahead, in a thread, as far as the cache has room.
+        """
         self.move(self._find_path(path))
+        self._cache.prefetch(self._children(path))
 
     def move(self, path: Mapping[str, Digest]) -> None:
         """Put a node's weights into the model; an empty path is the base.
@@ -90,6 +97,7 @@ class Live:
     def close(self) -> None:
         """Put the base back, bit for bit, and let go of its files."""
         with self._files:
+            self._cache.stop()
             self.move({})
 
     def _restore(self) -> None:
@@ -119,18 +127,16 @@ class Live:
         if change is None:
             home.copy_(base.view(home.shape))
             return
-        try:
-            blocks = blocks_of(tensor)
-            change.prepare(lambda rows: base[rows], blocks, space)
-            for rows in blocks:
-                place, block = home[rows] if home.dim() else home, base[rows]
-                target = place.view(block.shape) if place.is_contiguous() else None
-                outcome = change.forward(block, rows, _Into(target, space), back=False)
-                check_finite(tensor, block, outcome, rows)
-                if outcome.values is not target:
-                    place.copy_(outcome.values.view(place.shape))
-        finally:
-            change.release()
+        blocks = blocks_of(tensor)
+        change.prepare(lambda rows: base[rows], blocks, space)
+        for rows in blocks:
+            place, block = home[rows] if home.dim() else home, base[rows]
+            target = place.view(block.shape) if place.is_contiguous() else None
+            outcome = change.forward(block, rows, _Into(target, space), back=False)
+            check_finite(tensor, block, outcome, rows)
+            if outcome.values is not target:
+                place.copy_(outcome.values.view(place.shape))
+        # what the change computed of its factors stays, for the next time: see ``Cache``
 
     def _base_of(self, tensor: TensorAt) -> Tensor:
         """Return a tensor of the base as a matrix, in the pages of its file."""

@@ -1,6 +1,6 @@
 """The face of a tree: a name in a store that moves by compare-and-swap, and the nodes that it has."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,10 @@ from loraforge.formats import peft
 from loraforge.registry import Registry
 from loraforge.training import TrainConfig, train
 from loraforge.training.provenance import base_digest, trained
+from loraforge.tree.cache import Cache
 from loraforge.tree.flatten import flatten
 from loraforge.tree.live import Live
-from loraforge.tree.nodes import Cache, below, check_fits, ingredients, path_of
+from loraforge.tree.nodes import below, check_fits, ingredients, path_of
 from loraforge.version import __version__
 from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
@@ -23,7 +24,7 @@ from loraforge_registry.manifest import Artifact, Derivation, Input, Manifest
 from loraforge_registry.names import DEFAULT_TAG, Reference, RefName
 from loraforge_registry.paths import AnyPath, expand
 from loraforge_registry.refs import Move
-from loraforge_registry.trees import TreeRecord, check_path, parent_path
+from loraforge_registry.trees import TreeRecord, check_path, parent_path, steps_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -208,12 +209,17 @@ class Tree:
         if id(model) in self._live:
             yield self._live[id(model)]
             return
-        with Live(model, self.base(base), self.cache, lambda path: path_of(self.record, path)) as live:
+        with Live(
+            model, self.base(base), self.cache, lambda path: path_of(self.record, path), self._children_of
+        ) as live:
             self._live[id(model)] = live
             try:
                 yield live
             finally:
                 del self._live[id(model)]
+
+    def _children_of(self, path: str) -> list[Digest]:
+        return [digest for name, digest in self.record.nodes.items() if (parent_path(name) or "") == path]
 
     # --- how it changes ---------------------------------------------------------------------------------------------
 
@@ -361,15 +367,10 @@ def _rebased(before: TreeRecord, current: TreeRecord | None, changed: Mapping[st
     if current is None or current.base != before.base:
         raise ConflictError("the tree was removed, or made anew, meanwhile; nothing was changed")
     theirs = {p for p in {*before.nodes, *current.nodes} if before.nodes.get(p) != current.nodes.get(p)}
-    ours = {step for path in changed for step in _steps(path)}
+    ours = {step for path in changed for step in steps_to(path)}
     in_the_way = sorted((theirs & ours) | {p for p in theirs if any(p in below(current, q) for q in changed)})
     if in_the_way:
         raise ConflictError(
             f"{in_the_way[0]} was changed by somebody else meanwhile; look at the tree, and run this again"
         )
     return current
-
-
-def _steps(path: str) -> Sequence[str]:
-    parts = path.split("/")
-    return ["/".join(parts[: n + 1]) for n in range(len(parts))]

@@ -1,50 +1,14 @@
-"""Opened nodes: adapters of a store, kept while there is room, and the changes that a path makes to a base."""
+"""Nodes on a path, and the changes that they make to a base."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loraforge.adapter import Adapter, named_tensors
 from loraforge.checkpoint.changes import Change
 from loraforge.checkpoint.plan import Ingredient, plan_changes
 from loraforge.checkpoint.reader import Checkpoint
-from loraforge.errors import NotFoundError
-from loraforge.registry import Registry
+from loraforge.tree.cache import Cache
 from loraforge_registry.digest import Digest
-from loraforge_registry.trees import TreeRecord, parent_path
-
-BUDGET = 2 << 30  # bytes
-
-
-class Cache:
-    """Adapters by digest; the one that was asked for longest ago goes when they are more than ``budget`` bytes."""
-
-    def __init__(self, registry: Registry, budget: int = BUDGET) -> None:
-        self._registry = registry
-        self.budget = budget
-        self._held: OrderedDict[Digest, tuple[Adapter, int]] = OrderedDict()
-
-    def open(self, digest: Digest) -> Adapter:
-        """Return a node's adapter; every byte of it is checked when it is read from the store."""
-        if digest not in self._held:
-            adapter = self._registry.load(str(digest))
-            self._held[digest] = adapter, sum(t.numel() * t.itemsize for t in named_tensors(adapter).values())
-        self._held.move_to_end(digest)
-        while self.nbytes > self.budget and len(self._held) > 1:
-            self._held.popitem(last=False)
-        return self._held[digest][0]
-
-    def clear(self) -> None:
-        """Let go of all of them."""
-        self._held.clear()
-
-    def __contains__(self, digest: Digest) -> bool:
-        return digest in self._held
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors that are held."""
-        return sum(size for _, size in self._held.values())
+from loraforge_registry.trees import TreeRecord, only_path
 
 
 def path_of(record: TreeRecord, path: str) -> dict[str, Digest]:
@@ -53,18 +17,7 @@ def path_of(record: TreeRecord, path: str) -> dict[str, Digest]:
     Raises:
         NotFoundError: there is no such node.
     """
-    if path and path not in record.nodes:
-        import difflib  # noqa: PLC0415 - only on the way to an error
-
-        near = difflib.get_close_matches(path, record.nodes, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(record.nodes)) or 'none yet'}"
-        raise NotFoundError(f"the tree has no node {path!r}{hint}")
-    above: list[str] = []
-    now: str | None = path or None
-    while now is not None:
-        above.append(now)
-        now = parent_path(now)
-    return {step: record.nodes[step] for step in reversed(above)}
+    return dict(only_path(record, path).nodes) if path else {}
 
 
 def below(record: TreeRecord, path: str) -> list[str]:

@@ -38,7 +38,7 @@ from loraforge_registry.refs import Move
 from loraforge_registry.repair import repair
 from loraforge_registry.sessions import Session, open_session, reading
 from loraforge_registry.system import Buffer
-from loraforge_registry.trees import TreeRecord, encode_tree, untruths
+from loraforge_registry.trees import TreeRecord, encode_tree, only_path, untruths
 
 __all__ = ["Named", "Store", "Usage"]
 
@@ -281,11 +281,15 @@ class Store:
         with objects.opened(self._readable(), objects.BLOBS, file.digest, file.size) as fd:
             yield fd
 
-    def export(self, digest: Digest, target: Path) -> None:
-        """Write an artifact out as a PEFT directory, every byte checked; a tree as one such for every path."""
+    def export(self, digest: Digest, target: Path, *, node: str | None = None) -> None:
+        """Write an artifact out as a PEFT directory, every byte checked; a tree as one such for every path.
+
+        With ``node`` only for that one, and those that it stands on.
+        """
         with self.reading(digest):
             record = self.record(digest)
             if isinstance(record, TreeRecord):
+                record = record if node is None else only_path(record, node)
                 nodes = {path: self.manifest(node) for path, node in record.nodes.items()}
                 export_tree(self._readable(), nodes, target)
             else:

@@ -1,11 +1,12 @@
 """The record of a tree of adapters: its base, and a node for every path (SPEC.md section 12)."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loraforge_registry import canonical
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import ManifestError, ReferenceSyntaxError
+from loraforge_registry.errors import ManifestError, NotFoundError, ReferenceSyntaxError
 from loraforge_registry.fields import check_schema, keys, mapping, raw_digest, typed
 from loraforge_registry.manifest import FILES, Manifest
 from loraforge_registry.names import RefName
@@ -78,6 +79,25 @@ def decode_tree(data: bytes) -> TreeRecord:
 def parent_path(path: str) -> str | None:
     """The path of a node's parent; None is the base."""
     return path.rpartition("/")[0] or None
+
+
+def steps_to(path: str) -> list[str]:
+    """The paths from the base to a node, its own last."""
+    parts = path.split("/")
+    return ["/".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def only_path(tree: TreeRecord, path: str) -> TreeRecord:
+    """Return a tree of one node and what is below it.
+
+    Raises:
+        NotFoundError: there is no such node.
+    """
+    if path not in tree.nodes:
+        near = difflib.get_close_matches(path, tree.nodes, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(tree.nodes)[:8]) or 'none yet'}"
+        raise NotFoundError(f"the tree has no node {path[:130]!r}{hint}")
+    return replace(tree, nodes={step: tree.nodes[step] for step in steps_to(path)})
 
 
 def check_path(path: str) -> None:

@@ -96,6 +96,14 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "a date as an input": (with_("./law", "§2026-11-25"), "without quotes"),
     "nothing as an input": (with_("law: ./law", "law:§"), "nothing here"),
     "a mapping as an input": (with_("./law", "§{path: ./law}"), "a mapping; expected a reference or a path"),
+    "a path that climbs": (with_("./law", "§../law"), "is outside"),
+    "a path that climbs and returns": (with_("./law", "§./law/../../home/../elsewhere/x"), "is outside"),
+    "a path that begins at the root": (with_("./law", "§/etc/law"), "(--root DIR)"),
+    "a path that begins at home": (with_("./law", "§~/law"), "nothing is put in for ~"),
+    "a path that begins at somebody's home": (with_("./law", "§~root/law"), "nothing is put in for ~root"),
+    "a path that begins with a variable": (with_("./law", "§$HOME/law"), "nothing is put in for $HOME"),
+    "a path through a link": (with_("./law", "§./link/law"), "is outside"),
+    "a path as a URL": (with_("./law", "§file:///etc/law"), "is a URL"),
     "a URL as an input": (with_("./law", "§hf://me/law"), "pull it into the store first"),
     "a reference that cannot be one": (with_("./law", "§Law:v1"), "is not a name"),
     "a name with a space": (with_("law: ./law", "§the law: ./law"), "is not a name"),
@@ -113,6 +121,23 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "a weight that is no number": (with_("0.7", "§.nan"), "expected a number in decimals"),
     "a weight beyond float64": (with_("0.7", "§1e999"), "beyond the numbers"),
     "an empty gradient": (with_("[0.5, 1]", "§[]"), "expected a list of numbers"),
+    "a weight of 10^308": (
+        with_(TERM, "french").replace("[0.5, 1]", "1e308").replace("./law", "law:v1").replace("  blend:", "  §blend:"),
+        "beyond any use",
+    ),
+    "ten thousand models and one more": (
+        "recipe: 1\ninputs: {french: french:v1}\nsteps:\n  blend:\n    from:\n      §- french\n"
+        + "      - french\n" * 10_000 + "result: blend\n",
+        "10001 terms",
+    ),
+    "a density": (with_("  blend:", "  blend:\n    §density: 0"), "has no field 'density'"),
+    "a place between two": (with_("  blend:", "  blend:\n    §t: 1.5"), "has no field 't'"),
+    "a method for spheres": (with_("  blend:", "  blend:\n    method: §slerp"), "there is no method 'slerp'"),
+    "code": (with_("result:", "§python: print(1)\nresult:"), "has no field 'python'"),
+    "a hook": (with_("  blend:", "  blend:\n    §before: rm -rf x"), "has no field 'before'"),
+    "remote code": (with_("result:", "§trust_remote_code: true\nresult:"), "has no field 'trust_remote_code'"),
+    "a template": (with_("0.7", "$§{WEIGHT}"), "not YAML"),
+    "a template as a name": (with_("french:v1", "{§{name}}"), "a key that is a"),
     "a gradient of words": (with_("[0.5, 1]", "[0.5, §high]"), "expected a number in decimals"),
     "a gradient of lists": (with_("[0.5, 1]", "[0.5, §[1]]"), "a list; expected a number"),
     "a rank that is no whole number": (with_("rank: 2", "rank: §2.5"), "expected a whole number"),
@@ -159,6 +184,26 @@ CASES: dict[str, tuple[str | bytes, str]] = {
 }  # fmt: skip
 
 
+# What is asked of a recipe from a stranger, and which cases ask it.
+ROWS = {
+    "A41": ("a tag", "a tag that constructs"),
+    "A42": ("billions of laughs", "an anchor", "an alias"),
+    "A43": ("a field twice", "no as an input", "an octal rank", "a weight with underscores", "a time as an input",
+            "a merge key", "a second document", "a tab"),
+    "A44": ("a path that climbs", "a path that climbs and returns", "a path that begins at the root",
+            "a path that begins at home", "a path that begins with a variable", "a path through a link",
+            "a path as a URL"),
+    "A45": ("a weight that is no number", "an infinite weight", "a weight of 10^308", "a weight in quotes",
+            "a density", "a place between two", "ten thousand models and one more", "a circle",
+            "an unknown method", "an unknown field of a term"),
+    "A47": ("code", "a hook", "remote code", "a template", "a template as a name"),
+}  # fmt: skip
+
+
+def test_what_is_asked_is_tried():
+    assert {name for names in ROWS.values() for name in names} <= set(CASES)
+
+
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory):
     """A store with french:v1, and directories beside the recipe."""
@@ -169,13 +214,15 @@ def made_once(tmp_path_factory):
     write_adapter(home / "foreign", settings=config(base_model_name_or_path="other/base"))
     extra = {"base_model.model.lm_head.weight": ("F32", (1, 1), b"\0\0\x80?")}
     write_adapter(home / "saved", weights=tensors() | extra, settings=config(modules_to_save=["lm_head"]))
+    (home / "link").symlink_to("..")
     lf.Registry(home / "store").push(home / "french", "french:v1")
+    lf.Registry(home / "store").push(home / "law", "law:v1")
     return home
 
 
 @pytest.fixture
 def home(made_once, tmp_path, monkeypatch):
-    shutil.copytree(made_once, tmp_path / "home")
+    shutil.copytree(made_once, tmp_path / "home", symlinks=True)
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.setenv("LORAFORGE_STORE", str(tmp_path / "home" / "store"))
     return tmp_path / "home"
@@ -253,6 +300,39 @@ def test_damaged_recipes_are_read_or_refused_with_a_place(data):
         assert file == "r.yaml"
         assert int(line) >= 1
         assert int(column) >= 1
+
+
+def test_another_root_lets_paths_climb(home, run):
+    (home / "deep").mkdir()
+    (home / "deep" / "blend.yaml").write_text(GOOD.replace("./law", "../law"))
+    refused = run("compose", "deep/blend.yaml", "--as", "blend:v1")
+    assert refused.err.startswith("loraforge: deep/blend.yaml:4:8: '../law' is outside deep")
+    assert run("compose", "deep/blend.yaml", "--root", home, "--as", "blend:v1").code == 0
+    assert run("compose", "deep/blend.yaml", "--root", home / "deep", "--as", "blend:v1").code == 2
+    assert run("compose", "deep/blend.yaml", "--root", home / "nowhere", "--as", "blend:v1").code == 3
+    (home / "deep" / "blend.yaml").write_text(GOOD.replace("./law", f"{home}/law"))
+    assert run("compose", "deep/blend.yaml", "--root", home, "--update", "--as", "blend:v2").code == 0
+    assert run("compose", "french:v1", "--root", home, "--as", "x").code == 2
+
+
+def test_a_recipe_in_the_store_is_refused(home, run):
+    """Row A46: nothing is written where an input or the store lies."""
+    (home / "store" / "blend.yaml").write_text(GOOD)
+    refused = run("compose", "store/blend.yaml", "--as", "blend:v1")
+    assert (refused.code, "where only the store writes" in refused.err) == (2, True)
+    assert not (home / "store" / "blend.lock").exists()
+
+
+def test_weights_that_add_up_to_nothing_are_a_difference(home, run):
+    """Row A45: nothing is divided by their sum."""
+    (home / "blend.yaml").write_text(
+        "recipe: 1\ninputs: {french: french:v1, law: ./law}\nsteps:\n"
+        "  blend: {from: [{adapter: french, weight: 1}, {adapter: law, weight: -1}]}\nresult: blend\n"
+    )
+    made = lf.Recipe.load("blend.yaml").preview().adapter
+    french, law = lf.load("french:v1"), lf.load("./law")
+    for name, pair in made.targets.items():
+        assert (pair.delta() - (french.targets[name].delta() - law.targets[name].delta())).abs().max() < 1e-6
 
 
 def test_a_name_in_quotes_is_a_name(home):

@@ -1,7 +1,8 @@
 """Every version of the Hub's client that we claim, with Xet and without, against a server of ours: ``make hub-matrix``.
 
-Nothing is set but HF_ENDPOINT and HF_TOKEN (and HF_HUB_DISABLE_XET where Xet is off). Each version gets a virtual
-environment in .hub-venvs, made once; where the package index is out of reach that one is skipped, and said.
+Nothing is set but HF_ENDPOINT and HF_TOKEN (and HF_HUB_DISABLE_XET where Xet is off). The server takes what is larger
+than 2 MB in parts, and breaks off one long file, so that every client has to go on where it was. Each version gets a
+virtual environment in .hub-venvs, made once; where the package index is out of reach that one is skipped, and said.
 """
 
 import os
@@ -15,14 +16,29 @@ ROOT = Path(__file__).parents[2]
 VERSIONS = ("0.36.2", "1.0.1", "1.33.0", "2.4.0")
 OF_ITS_TIME = {"1.0.1": ("click", "typer-slim<0.20")}  # its command line cannot start with a newer one
 XET = ("on", "off")
+BROKEN_OFF = 23_000_000  # bytes, as hub_client says too
+SERVE = f"""
+import functools
+from loraforge_registry.server import local, run
+run.Settings = functools.partial(run.Settings, multipart_above=2_000_000, part_size=1_500_000)
+read, seen = local.LocalBlobs.read, set()
+def broken_off(self, digest, begin, end):
+    for piece in read(self, digest, begin, end):
+        yield piece
+        begin += len(piece)
+        if end == {BROKEN_OFF} and 2 * begin > end and digest not in seen:
+            seen.add(digest)
+            raise OSError
+local.LocalBlobs.read = broken_off
+from loraforge_cli.main import main
+main()
+"""
 ADAPTER = ROOT / "tests" / "vectors" / "peft" / "0.21.2" / "linear"
 
 
 def main() -> int:
-    from tests.hub import Server
-
     failed = skipped = 0
-    with tempfile.TemporaryDirectory() as folder, Server(Path(folder) / "store") as server:
+    with tempfile.TemporaryDirectory() as folder, server_for_clients(Path(folder)) as server:
         token = server.add_user("alice")
         for version in VERSIONS:
             python = environment(version)
@@ -39,6 +55,15 @@ def main() -> int:
         f"{len(VERSIONS) * len(XET) - failed - skipped * len(XET)} passed, {failed} failed, {skipped} versions skipped"
     )
     return 1 if failed else 0
+
+
+def server_for_clients(folder: Path):
+    """A server with a low limit to what is sent whole, which breaks off a long file the first time."""
+    from tests.hub import Server
+
+    server = Server(folder / "store")
+    server.program = ["-c", SERVE]
+    return server
 
 
 def environment(version: str) -> Path | None:

@@ -4,7 +4,8 @@
 
 Every pusher keeps what the server acknowledged: commits, and tags that it won. At the end, with the server started once
 more: each such commit is in the history of its branch, each tag was won by one and means its commit, each file has its
-bytes, and fsck finds the store whole. Readers hash every byte; what is timed is the description of a revision.
+bytes, fsck finds the store whole, and no log or file holds a token. Readers hash every byte; what is timed is the
+description of a revision. Meanwhile others dawdle: they say nothing, half a header, or a body a byte a second.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import http.client
 import json
 import random
 import secrets
+import socket
 import sys
 import tempfile
 import threading
@@ -20,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import canary
 from tests.hub import Server
 from tests.server.raw import commit, post, request, upload
 
@@ -45,6 +48,7 @@ def main(arguments=None):
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--readers", type=int, default=64)
     parser.add_argument("--pushers", type=int, default=16)
+    parser.add_argument("--dawdlers", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +74,7 @@ def storm(path, options):
     up.set()
     workers = [threading.Thread(target=_push, args=(server, token, seen, stop, up, n)) for n in range(options.pushers)]
     workers += [threading.Thread(target=_read, args=(server, seen, stop, up, n)) for n in range(options.readers)]
+    workers.append(threading.Thread(target=_dawdle, args=(server, stop, up, options.dawdlers)))
     for worker in workers:
         worker.start()
     kills = _kill_now_and_then(server, up, options)
@@ -78,6 +83,7 @@ def storm(path, options):
         worker.join()
     faults = [*map(str, seen.wrong), *_check(server, token, seen)]
     server.stop()
+    faults += [f"a token got out: {place}" for place in canary.places(path.parent)]
     return seen, kills, faults + _fsck(path)
 
 
@@ -150,6 +156,30 @@ def _read(server, seen, stop, up, number):
                 seen.wrong.append(known)
             if 400 <= got.status < 500:
                 seen.wrong.append((*known, got.status))
+
+
+def _dawdle(server, stop, up, count):
+    begins = (
+        b"",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"POST /api/validate-yaml HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9999\r\n\r\n",
+    )
+    held = {}
+    while not stop.is_set():
+        up.wait(10)
+        for number in range(count):
+            try:
+                if number in held:
+                    held[number].sendall(b"x" if number % len(begins) else b"")
+                else:
+                    held[number] = socket.create_connection(("127.0.0.1", server.port), timeout=1)
+                    held[number].sendall(begins[number % len(begins)])
+            except OSError:
+                if number in held:
+                    held.pop(number).close()
+        stop.wait(1)
+    for connection in held.values():
+        connection.close()
 
 
 def _check(server, token, seen):

@@ -4,4 +4,4 @@ from tests.crash.server_storm import main
 
 
 def test_what_a_server_acknowledged_outlives_it():
-    assert main(["--seconds", "6", "--readers", "8", "--pushers", "6"]) == 0
+    assert main(["--seconds", "6", "--readers", "8", "--pushers", "6", "--dawdlers", "60"]) == 0

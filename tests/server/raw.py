@@ -6,6 +6,8 @@ import socket
 from base64 import b64encode
 from dataclasses import dataclass
 
+from tests import canary
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -41,6 +43,7 @@ def read_answer(connection, *, head=False):
         if not piece:
             break
         body += piece
+    canary.look("an answer of the server", start, body)
     return Answer(int(re.match(r"HTTP/1.1 (\d+)", lines[0])[1]), headers, body)
 
 

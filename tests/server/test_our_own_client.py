@@ -2,6 +2,7 @@
 
 import pytest
 
+from loraforge_registry.server import accounts
 from tests.bad_files import config, tensors, write_adapter
 from tests.hub import Server
 
@@ -32,3 +33,29 @@ def test_there_and_back(server, tmp_path, run):
     assert run("--store", server.store, "fsck", "--deep").code == 0
     missing = run("pull", "hf://me/nothing")
     assert (missing.code, missing.err.count("\n")) == (3, 1)
+
+
+def test_a_token_that_is_nobodys(server, tmp_path, run, monkeypatch):
+    write_adapter(tmp_path / "a")
+    assert run("push", tmp_path / "a", "a:v1").code == 0
+    monkeypatch.setenv("HF_TOKEN", f"{accounts.PREFIX}nobodys")
+    for command in (("push", "a:v1", "--to", "hf://me/a"), ("pull", "hf://me/a"), ("search", "a", "--on", "hf://")):
+        ran = run(*command)
+        assert (ran.code, ran.err.count("\n"), "does not accept the token" in ran.err) == (5, 1, True), ran
+
+
+@pytest.mark.parametrize("port", [None, 99_999, -1])
+def test_a_port_that_cannot_be_had(server, tmp_path, run, port):
+    """Said in a sentence, before there is a store or a session that somebody would have to clean up."""
+    ran = run("--store", tmp_path / "new", "serve", "--port", port or server.port)
+    assert (ran.code, "Traceback" in ran.err) == (5 if port is None else 2, False), ran
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_server_that_is_killed_in_the_middle(server, tmp_path, run):
+    write_adapter(tmp_path / "a")
+    server.kill()
+    refused = run("push", tmp_path / "a", "a:v1", "--to", "hf://me/a")
+    assert (refused.code, refused.err.count("\n"), "cannot be reached" in refused.err) == (5, 1, True), refused
+    server.start()
+    assert run("push", "a:v1", "--to", "hf://me/a").code == 0

@@ -18,6 +18,7 @@ from loraforge_registry.names import RefName
 @click.option("--base", metavar="BASE", help="The base's name, where the sources give different ones.")
 @click.option("--drop-saved", is_flag=True, help="Leave out whole saved modules, biases and token rows.")
 @click.option("--update", is_flag=True, help="With a recipe: take its inputs as they are now, and pin them anew.")
+@click.option("--root", metavar="DIR", help="With a recipe: its paths may lead anywhere below DIR.")
 @click.option("--force", is_flag=True, help="Move a tag that means another adapter.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made; store nothing.")
 @common
@@ -33,6 +34,7 @@ def command(
     base: str | None,
     drop_saved: bool,
     update: bool,
+    root: str | None,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -46,7 +48,8 @@ def command(
     down to the best approximation, whose error is printed and recorded.
 
     A recipe says all that itself, step by step. Its inputs are pinned by digest in blend.lock, which
-    later runs follow until --update; a step that was done before is not done again.
+    later runs follow until --update; a step that was done before is not done again. Its paths stay below its own
+    directory, or below --root.
     """  # noqa: D301 - click's mark for a line to leave as it is
     ref = _result_name(name, dry_run=dry_run)
     if len(terms) == 1 and is_recipe(terms[0]):
@@ -54,8 +57,10 @@ def command(
 
         told = {"--method": method, "--rank": rank, "--energy": energy, "--max-params": max_parameters, "--base": base}
         refuse_told({**told, "--drop-saved": drop_saved or None})
-        follow(session, terms[0], ref, update=update, force=force)
+        follow(session, terms[0], ref, root=root, update=update, force=force)
         return
+    if root is not None:
+        raise click.UsageError("--root goes with a recipe; a path on the command line may be anywhere")
     if update:
         raise click.UsageError("--update goes with a recipe; adapters on the command line are taken as they are")
     parsed = [weighted(term) for term in terms]

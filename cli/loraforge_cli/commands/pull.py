@@ -1,5 +1,8 @@
 """``loraforge pull``: from a remote into the store, and out of the store as a plain directory."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 
 from loraforge_cli.describe import describe
@@ -8,9 +11,14 @@ from loraforge_cli.output import emit, note, one_line, size
 from loraforge_cli.summary import line
 from loraforge_cli.tree_view import is_tree, summary, view
 from loraforge_registry.digest import Digest
-from loraforge_registry.names import Reference, RefName
+from loraforge_registry.names import RefName
 from loraforge_registry.paths import expand
 from loraforge_registry.store import Store
+
+if TYPE_CHECKING:
+    from loraforge_registry.remotes import Received
+
+_LISTED = 5
 
 
 @click.command("pull")
@@ -20,9 +28,19 @@ from loraforge_registry.store import Store
 @click.option(
     "--with-lineage", "lineage", is_flag=True, help="Also what it was made from, as far as the remote has it."
 )
+@click.option("--node", metavar="PATH", help="Of a tree only this node, and those that it stands on.")
 @click.option("--force", is_flag=True, help="Move a tag that means another adapter.")
 @common
-def command(session: Session, *, name: str, new: str | None, target: str | None, lineage: bool, force: bool) -> None:
+def command(
+    session: Session,
+    *,
+    name: str,
+    new: str | None,
+    target: str | None,
+    lineage: bool,
+    node: str | None,
+    force: bool,
+) -> None:
     """Write a stored adapter as a directory that PEFT loads; or get one from a remote. A tree is one for each path.
 
     URL is hf://ORG/REPO[@REVISION] or file:///DIR#NAME[:TAG]. Every byte is hashed, what a push would refuse is
@@ -34,16 +52,18 @@ def command(session: Session, *, name: str, new: str | None, target: str | None,
     if target == "":
         raise click.UsageError("--to is empty; name a new directory")
     if is_url(name):
-        ref, digest, got = _from_remote(session, store, name, new, lineage=lineage, force=force)
+        ref, digest, got = _from_remote(session, store, name, new, node=node, lineage=lineage, force=force)
     elif new is not None or lineage or force:
         raise click.UsageError(f"--as, --with-lineage and --force go with a URL; {name} is in the store already")
     elif target is None:
         raise click.UsageError(f"where to? Write loraforge pull {name} --to DIR")
     else:
         ref, digest, got = None, stored(store, name), {}
-    if target is not None:
-        store.export(digest, expand(target))
     tree = view(store, digest, ref) if is_tree(store, digest) else None
+    if node is not None and tree is None:
+        raise click.UsageError(f"--node is about a tree; {name} is an adapter")
+    if target is not None:
+        store.export(digest, expand(target), node=node)
     if session.as_json:
         found = describe(store, digest, ref).as_json() if tree is None else tree.as_json()
         emit({**found, **got, **({"directory": target} if target is not None else {})})
@@ -55,50 +75,42 @@ def command(session: Session, *, name: str, new: str | None, target: str | None,
 
 
 def _from_remote(
-    session: Session, store: Store, url: str, new: str | None, *, lineage: bool, force: bool
+    session: Session, store: Store, url: str, new: str | None, *, node: str | None, lineage: bool, force: bool
 ) -> tuple[RefName, Digest, dict[str, object]]:
-    from loraforge_registry.remotes import open_remote, receive
-    from loraforge_registry.remotes.directory import StoreRemote
+    from loraforge_registry.remotes import OfferedTree, open_remote, receive, receive_tree
 
     wanted = None if new is None else RefName.parse(new)
     with open_remote(url) as remote:
-        tree = remote.tree() if isinstance(remote, StoreRemote) else None
-        if tree is not None:
-            return _tree(store, *tree, url, wanted, force=force)
-        offer = remote.offer()
+        tree = remote.tree()
+        if node is not None and tree is None:
+            raise click.UsageError(f"--node is about a tree; {url} is an adapter")
+        offer = remote.offer() if tree is None else tree
         ref = wanted or offer.name
         if ref is None:
             raise click.UsageError(f"{url}: under which name? Add --as NAME[:TAG]")
-        before = store.lookup(ref)
-        got = receive(store, remote, offer, ref, force=force, lineage=lineage, what=f"pull {offer.where}")
-    for text in offer.notes:
+        before, what = store.lookup(ref), f"pull {offer.where}"
+        notes = []
+        if isinstance(offer, OfferedTree):
+            part = offer if node is None else offer.along(node)
+            got = receive_tree(store, remote, part, ref, force=force, lineage=lineage, what=what)
+        else:
+            got = receive(store, remote, offer, ref, force=force, lineage=lineage, what=what)
+            notes = list(offer.notes)
+    _say(session, ref, before, got, notes, lineage=lineage)
+    missing = [str(parent) for parent in got.missing]
+    found = {"remote": offer.where, "received": got.received, "skipped": got.skipped}
+    return ref, got.digest, {**found, "missing": missing, "notes": notes}
+
+
+def _say(
+    session: Session, ref: RefName, before: Digest | None, got: "Received", notes: Sequence[str], *, lineage: bool
+) -> None:
+    for text in notes:
         note(text, quiet=session.quiet)
     if before is not None and before != got.digest:
         note(f"{ref} moved from sha256:{before.short}", quiet=session.quiet)
-    for parent in got.missing:
-        hint = "which the remote does not have" if lineage else "which is not here: --with-lineage asks the remote"
+    hint = "which the remote does not have" if lineage else "which is not here: --with-lineage asks the remote"
+    for parent in got.missing[:_LISTED]:
         note(f"made from sha256:{parent.short}, {hint}", quiet=session.quiet)
-    missing = [str(parent) for parent in got.missing]
-    return (
-        ref,
-        got.digest,
-        {
-            "remote": offer.where,
-            "received": got.received,
-            "skipped": got.skipped,
-            "missing": missing,
-            "notes": list(offer.notes),
-        },
-    )
-
-
-def _tree(
-    store: Store, source: Store, digest: Digest, url: str, wanted: RefName | None, *, force: bool
-) -> tuple[RefName, Digest, dict[str, object]]:
-    from loraforge_registry.remotes.trees import copy_tree
-
-    ref = wanted or Reference.parse(url.partition("#")[2]).ref
-    if ref is None:
-        raise click.UsageError(f"{url}: under which name? Add --as NAME[:TAG]")
-    done = copy_tree(source, store, digest, ref, force=force, where=url)
-    return ref, digest, {"remote": url, "received": done.sent, "skipped": done.skipped, "missing": [], "notes": []}
+    if len(got.missing) > _LISTED:
+        note(f"and {len(got.missing) - _LISTED} more", quiet=session.quiet)

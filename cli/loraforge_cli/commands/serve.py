@@ -35,7 +35,7 @@ SIZE = Bytes()
 
 @click.group("serve", invoke_without_command=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to be reached at.")
-@click.option("--port", default=7860, show_default=True, help="The port; 0 takes any.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="The port; 0 takes any.")
 @click.option("--public", is_flag=True, help="Let who has no token read what is not private, from other machines too.")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name by which clients call this machine.")
 @click.option("--public-url", metavar="URL", help="The URL that clients see, behind a proxy.")
@@ -72,9 +72,9 @@ def command(
         max_file=max_file,
         quota=quota,
     )
+    bound = run.listen(host, port)
     hub, pins = run.open_hub(store, settings)
     nobody = not run.accounts_of(store).tokens()
-    bound = run.listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"serving {store} at http://{shown}:{bound.getsockname()[1]}")
     if nobody:

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from loraforge_registry.remotes.address import HubAddress, is_url, parse_address
-from loraforge_registry.remotes.offer import Listed, Offer, Published, Remote, RemoteFile
+from loraforge_registry.remotes.offer import Listed, Offer, OfferedTree, Published, Remote, RemoteFile
 from loraforge_registry.remotes.transfer import Received, receive
+from loraforge_registry.remotes.trees import receive_tree
 from loraforge_registry.store import Store
 from loraforge_registry.strict_json import Json
 
 __all__ = [
     "Listed",
     "Offer",
+    "OfferedTree",
     "Published",
     "Received",
     "Remote",
@@ -27,6 +29,7 @@ __all__ = [
     "is_url",
     "open_remote",
     "receive",
+    "receive_tree",
     "search_hub",
 ]
 

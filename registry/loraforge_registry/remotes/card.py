@@ -13,9 +13,8 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _MODULES = 12  # named in the card; --json has all
 
 
-def front_matter(manifest: Manifest) -> str:
+def front_matter(base: str | None) -> str:
     """Return the block with which the Hub lists an adapter under its base."""
-    base = base_on_hub(manifest)
     lines = ["library_name: peft"]
     if base:
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
@@ -28,7 +27,7 @@ def with_front_matter(readme: bytes, manifest: Manifest) -> bytes:
     """Return a person's README, with a block in front where it has none; their text stays as it is, to the byte."""
     if readme.startswith((b"---\n", b"---\r\n", b"\xef\xbb\xbf---")):
         return readme
-    return front_matter(manifest).encode() + b"\n" + readme
+    return front_matter(base_on_hub(manifest)).encode() + b"\n" + readme
 
 
 def lacks_base(readme: bytes, manifest: Manifest) -> bool:
@@ -48,18 +47,18 @@ def card(repo: str, digest: Digest, manifest: Manifest, layout: Layout) -> bytes
     body = [
         f"# {repo.partition('/')[2]}",
         "",
-        f"A LoRA adapter{_for(manifest)}.",
+        f"A LoRA adapter{for_base(base_on_hub(manifest))}.",
         "",
         *_facts(digest, manifest, layout),
         "",
         *_loading(repo, manifest, layout),
         *_lineage(manifest.derivation),
     ]
-    return (front_matter(manifest) + "\n" + "\n".join(body).rstrip() + "\n").encode()
+    return (front_matter(base_on_hub(manifest)) + "\n" + "\n".join(body).rstrip() + "\n").encode()
 
 
-def _for(manifest: Manifest) -> str:
-    base = base_on_hub(manifest)
+def for_base(base: str | None) -> str:
+    """Name the base, with a link, where the Hub has it."""
     return f" for [{base}](https://huggingface.co/{base})" if base else ""
 
 
@@ -71,7 +70,7 @@ def _facts(digest: Digest, manifest: Manifest, layout: Layout) -> Iterator[str]:
     yield "| | |"
     yield "|---|---|"
     if manifest.base_revision and base_on_hub(manifest):
-        yield f"| base revision | `{_code(manifest.base_revision)}` |"
+        yield f"| base revision | `{code(manifest.base_revision)}` |"
     yield f"| rank | {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''} |"
     yield f"| targets | {len(layout.targets)}: {shown}{more} |"
     yield f"| parameters | {manifest.parameters:,} |"
@@ -105,7 +104,7 @@ def _lineage(derivation: Derivation | None) -> Iterator[str]:
         return
     yield "## Lineage"
     yield ""
-    yield f"Made by `{_code(derivation.operation)}` from:"
+    yield f"Made by `{code(derivation.operation)}` from:"
     yield ""
     yield from _inputs(derivation, "")
 
@@ -114,7 +113,7 @@ def _inputs(derivation: Derivation, indent: str) -> Iterator[str]:
     for item in derivation.inputs:
         weight = f"{item.weight:g} x " if len(derivation.inputs) > 1 or item.weight != 1 else ""
         if isinstance(item.source, Derivation):
-            yield f"{indent}- {weight}`{_code(item.source.operation)}` of:"
+            yield f"{indent}- {weight}`{code(item.source.operation)}` of:"
             yield from _inputs(item.source, indent + "  ")
         elif isinstance(item.source, Artifact):
             yield f"{indent}- {weight}`{item.source.digest}`"
@@ -122,6 +121,6 @@ def _inputs(derivation: Derivation, indent: str) -> Iterator[str]:
             yield f"{indent}- {weight}content `{item.source}`"
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """A text that a stranger may have written, between backticks: it stays there, on one line."""
     return "".join(c for c in text[:100] if c.isprintable() and c not in "`|<>")

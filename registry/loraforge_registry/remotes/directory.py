@@ -8,9 +8,9 @@ from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyn
 from loraforge_registry.manifest import File
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.remotes.address import StoreAddress
-from loraforge_registry.remotes.offer import Listed, Offer, Published, RemoteFile
-from loraforge_registry.remotes.transfer import receive
-from loraforge_registry.remotes.trees import copy_tree
+from loraforge_registry.remotes.offer import Listed, Offer, OfferedTree, Published, RemoteFile
+from loraforge_registry.remotes.transfer import Received, receive
+from loraforge_registry.remotes.trees import receive_tree
 from loraforge_registry.store import Store
 from loraforge_registry.system import Buffer
 from loraforge_registry.trees import TreeRecord
@@ -35,18 +35,32 @@ class StoreRemote:
         reference = self._address.reference
         if reference is None:
             raise ReferenceSyntaxError(f"{self._address}: which adapter? Write {self._address}#NAME:TAG")
-        return self._offer(self._store.resolve(reference), Reference.parse(reference).ref)
+        digest = self._store.resolve(reference)
+        self._pins.enter_context(self._store.reading(digest))
+        return self._offer(digest, Reference.parse(reference).ref)
 
-    def tree(self) -> tuple[Store, Digest] | None:
-        """Return where the tree is that the reference behind the ``#`` means, or None where it means an adapter."""
+    def tree(self) -> OfferedTree | None:
+        """Offer the tree that the reference behind the ``#`` means, where it means one."""
         self._check_there()
-        if self._address.reference is None:
+        reference = self._address.reference
+        if reference is None:
             return None
-        digest = self._store.resolve(self._address.reference)
-        return (self._store, digest) if isinstance(self._store.record(digest), TreeRecord) else None
+        return self.tree_of(self._store.resolve(reference), Reference.parse(reference).ref)
+
+    def tree_of(self, digest: Digest, name: RefName | None = None) -> OfferedTree | None:
+        """Offer a tree by its digest; what nodes were made from is kept with it."""
+        self._pins.enter_context(self._store.reading(digest))
+        record = self._store.record(digest)
+        if not isinstance(record, TreeRecord):
+            return None
+        return OfferedTree(f"file://{self._store.path}#{name or digest}", name, record)
+
+    def node(self, tree: OfferedTree, path: str) -> Offer:
+        """Offer a node of a tree, which the tree keeps."""
+        return self._offer(tree.record.nodes[path], None)
 
     def find(self, digest: Digest) -> Offer | None:
-        """Offer an artifact by its digest."""
+        """Offer an artifact by its digest: one in the lineage of what was offered before, which is kept with that."""
         return self._offer(digest, None) if self._store.has(digest) else None
 
     def fetch(self, offer: Offer, file: RemoteFile) -> Iterator[Buffer]:  # noqa: ARG002 - a store needs only the digest
@@ -61,21 +75,24 @@ class StoreRemote:
         wanted = name if self._address.reference is None else RefName.parse(self._address.reference)
         if wanted is None:
             raise ReferenceSyntaxError(f"{self._address}: under which name? Write {self._address}#NAME:TAG")
-        if isinstance(store.record(digest), TreeRecord):
-            where = f"file://{self._store.path}#{wanted}"
-            return copy_tree(store, self._store, digest, wanted, force=force, where=where)
         with ExitStack() as pins:
             source = StoreRemote(store, StoreAddress(store.path), pins)
-            got = receive(self._store, source, source.offer_of(digest), wanted, force=force, lineage=True, what="push")
+            got = self._take(source, digest, wanted, force=force)
         missing = [f"its parent {parent} is in neither store" for parent in got.missing]
         return Published(f"file://{self._store.path}#{wanted}", got.received, got.skipped, tuple(missing))
 
+    def _take(self, source: "StoreRemote", digest: Digest, name: RefName, *, force: bool) -> Received:
+        tree = source.tree_of(digest)
+        if tree is not None:
+            return receive_tree(self._store, source, tree, name, force=force, lineage=True, what="push")
+        return receive(self._store, source, source.offer_of(digest), name, force=force, lineage=True, what="push")
+
     def offer_of(self, digest: Digest) -> Offer:
         """Offer an artifact that must be there."""
+        self._pins.enter_context(self._store.reading(digest))
         return self._offer(digest, None)
 
     def _offer(self, digest: Digest, name: RefName | None) -> Offer:
-        self._pins.enter_context(self._store.reading(digest))
         manifest = self._store.manifest(digest)
         return Offer(
             where=f"file://{self._store.path}#{name or digest}",

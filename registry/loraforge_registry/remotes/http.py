@@ -6,6 +6,9 @@ decompressed, and what trickles is given up.
 """
 
 import http.client
+import io
+import ipaddress
+import socket
 import ssl
 import time
 import urllib.request
@@ -13,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from loraforge_registry import strict_json
@@ -26,8 +30,10 @@ ATTEMPTS = 4
 PAUSES = (0.5, 2.0, 5.0)
 TIMEOUT = 30.0
 """Seconds for a connection, and for the next byte of an answer."""
+LONGEST_PAUSE = 20.0
+"""Seconds that a hub may ask to wait before another attempt."""
 GRACE, LEAST_RATE = 30.0, 1024
-"""Seconds after which a body must have come with so many bytes a second."""
+"""Seconds after which an answer must have come with so many bytes a second."""
 
 _CHUNK = 4 * 1024 * 1024
 _PROGRESS = 16 * 1024 * 1024
@@ -35,6 +41,15 @@ _PROGRESS = 16 * 1024 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 _BROKEN = (OSError, http.client.HTTPException)
+
+
+class _BusyError(ConnectionError):
+    """An answer that means: later. ``wait`` is what it asks for, in seconds."""
+
+    def __init__(self, status: int, wait: str) -> None:
+        super().__init__(f"status {status}")
+        digits = wait.strip()  # a date would need both clocks to be right
+        self.wait = min(int(digits), LONGEST_PAUSE) if digits.isascii() and digits.isdecimal() else 0.0
 
 
 class RefusalError(Exception):
@@ -140,7 +155,7 @@ class Client:
 
     def _refuse(self, response: http.client.HTTPResponse) -> None:
         if response.status in _TRY_AGAIN:
-            raise ConnectionError(f"status {response.status}")
+            raise _BusyError(response.status, response.headers.get("Retry-After", "")[:10])
         said = response.headers.get("X-Error-Message", "")
         raise RefusalError(response.status, response.headers.get("X-Error-Code", ""), self.clean(said))
 
@@ -153,6 +168,8 @@ class Client:
             raise RemoteError(f"{self.host} redirects to what is no address") from error
         if not location or scheme not in ("http", "https") or (urlsplit(url).scheme == "https" and scheme != "https"):
             raise RemoteError(f"{self.host} redirects to {self.clean(repr(scheme))}, which is not followed")
+        if _is_inside(urlsplit(target).hostname) and not _is_inside(urlsplit(self.endpoint).hostname):
+            raise RemoteError(f"{self.host} redirects to an address of this machine or network, which is not followed")
         return target
 
     def _check_length(self, response: http.client.HTTPResponse, position: int, size: int) -> None:
@@ -170,10 +187,9 @@ class Client:
         _check_encoding(response, self.host)
         if (response.length or 0) > limit:
             raise RemoteError(f"{self.host} sends {response.length} bytes where at most {limit} make sense")
-        data, announced, start = bytearray(), response.length, time.monotonic()
+        data, announced = bytearray(), response.length
         while len(data) <= limit and (piece := response.read1(_CHUNK)):
             data += piece
-            _check_rate(start, len(data))
         if len(data) > limit:
             raise RemoteError(f"{self.host} sends more than {limit} bytes where they make no sense")
         if announced is not None and len(data) != announced:
@@ -183,21 +199,20 @@ class Client:
     def _pause(self, attempt: int, error: Exception) -> None:
         """Wait before another attempt, or give up and say why."""
         if attempt < min(ATTEMPTS - 1, len(PAUSES)) and not _is_final(error):
-            time.sleep(PAUSES[attempt])
+            time.sleep(max(PAUSES[attempt], error.wait if isinstance(error, _BusyError) else 0.0))
             return
         raise RemoteError(f"{self.host}: {self.clean(_reason(error))}") from error
 
 
 def _fill(response: http.client.HTTPResponse, buffer: memoryview, wanted: int) -> Iterator[int]:
     """Fill the buffer again and again, and yield how far; ends where the body does, complete or not."""
-    start, got = time.monotonic(), 0
+    got = 0
     while got < wanted:
         filled, full = 0, min(len(buffer), wanted - got)
         try:
             while filled < full and (piece := response.read1(min(full - filled, 1024 * 1024))):
                 buffer[filled : filled + len(piece)] = piece
                 filled += len(piece)
-                _check_rate(start, got + filled)
         except _BROKEN:
             if filled:
                 yield filled  # what came is not asked for again
@@ -211,12 +226,6 @@ def _fill(response: http.client.HTTPResponse, buffer: memoryview, wanted: int) -
         raise RemoteError("the body is longer than announced")
 
 
-def _check_rate(start: float, received: int) -> None:
-    elapsed = time.monotonic() - start
-    if elapsed > GRACE and received < elapsed * LEAST_RATE:
-        raise RemoteError(f"gave up: {received} bytes in {elapsed:.0f} seconds")
-
-
 def _check_encoding(response: http.client.HTTPResponse, host: str) -> None:
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
@@ -224,18 +233,31 @@ def _check_encoding(response: http.client.HTTPResponse, host: str) -> None:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another attempt would end the same: a wrong certificate, a host that is not there."""
+    """Whether another attempt would end the same: a wrong certificate, no TLS at all, a host that is not there."""
     reason = getattr(error, "reason", error)
-    return isinstance(reason, ssl.SSLCertVerificationError | ConnectionRefusedError) or "Name or service" in str(reason)
+    return isinstance(reason, ssl.SSLError | ConnectionRefusedError) or "Name or service" in str(reason)
 
 
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", error)
     if isinstance(reason, TimeoutError):
         return f"no answer for {TIMEOUT:g} seconds"
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"its certificate is not to be trusted: {reason.verify_message}"
+    if isinstance(reason, ssl.SSLError):
+        return f"it does not speak TLS ({reason.reason}); is its address http://?"
     if isinstance(reason, OSError) and reason.strerror:
         return f"cannot be reached: {reason.strerror}"
     return str(reason) or type(reason).__name__
+
+
+def _is_inside(host: str | None) -> bool:
+    """Whether a host is this machine, or one that only this network reaches."""
+    try:
+        found = {row[4][0] for row in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False  # nobody is there
+    return not all(ipaddress.ip_address(str(address).partition("%")[0]).is_global for address in found)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -243,11 +265,59 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
+class _Reader(io.RawIOBase):
+    """What comes from a socket, given up where it trickles: in headers, between chunks, in the body."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._start, self._received = time.monotonic(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - anything that is a buffer
+        count: int = self._raw.readinto(buffer) or 0
+        self._received += count
+        elapsed = time.monotonic() - self._start
+        if elapsed > GRACE and self._received < elapsed * LEAST_RATE:
+            raise RemoteError(f"gave up: {self._received} bytes in {elapsed:.0f} seconds")
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer that is read through a ``_Reader``."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - http.client's own
+        super().__init__(*arguments, **named)
+        self.fp = io.BufferedReader(_Reader(self.fp.detach()))
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Handler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _SecureHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, req, context=ssl.create_default_context())
+
+
 @cache
 def _opener() -> urllib.request.OpenerDirector:
     """HTTP and nothing else: no file:, no redirect that is followed unseen; proxies as the environment says."""
     opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(urllib.request.HTTPHandler())
-    opener.add_handler(urllib.request.HTTPSHandler(context=ssl.create_default_context()))
+    for handler in (urllib.request.ProxyHandler(), _Handler(), _SecureHandler()):
+        opener.add_handler(handler)
     return opener

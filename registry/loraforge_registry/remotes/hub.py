@@ -7,22 +7,27 @@ changes nothing. Names of files that a hub sends are compared with ours, and nev
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError, NotFoundError, ReferenceSyntaxError, RemoteError
-from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, WEIGHTS_FILE
+from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, WEIGHTS_FILE, File
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.remotes.address import HubAddress
 from loraforge_registry.remotes.http import Client, RefusalError
-from loraforge_registry.remotes.offer import Listed, Offer, Published, RemoteFile
+from loraforge_registry.remotes.offer import Listed, Offer, OfferedTree, Published, RemoteFile
 from loraforge_registry.remotes.record import MAX_RECORD, RECORD_FILE, Record, decode_record
+from loraforge_registry.remotes.tree_record import TreeOnHub, decode_tree_record
 from loraforge_registry.store import Store
 from loraforge_registry.strict_json import Json
 from loraforge_registry.system import Buffer
+from loraforge_registry.trees import TreeRecord
+
+T = TypeVar("T")
 
 MAIN = "main"
 MAX_FILES = 10_000
@@ -57,7 +62,8 @@ class HubRemote:
         self.client = client
         self.address = address
         self.private = private
-        self._versions: Mapping[Digest, Snapshot] | None = None
+        self._now: Snapshot | None = None
+        self._versions: Mapping[Digest, tuple[Snapshot, str]] | None = None
 
     def list(self) -> Sequence[Listed]:
         """Return the repository's tags, then its branches, with their commits."""
@@ -75,25 +81,49 @@ class HubRemote:
 
     def offer(self) -> Offer:
         """Offer the adapter at the root of the repository."""
-        return self._offer(self.snapshot(self.address.revision or MAIN))
+        return self._offer(self._pinned())
+
+    def tree(self) -> OfferedTree | None:
+        """Offer the tree that the record at the root describes, where it describes one."""
+        snapshot = self._pinned()
+        found = None if CONFIG_FILE in snapshot.files else self.tree_record(snapshot)
+        return None if found is None else OfferedTree(str(self.address.at(snapshot.commit)), self._name(), found.tree)
+
+    def node(self, tree: OfferedTree, path: str) -> Offer:
+        """Offer the adapter in the folder of a node."""
+        offer = self._node(self._pinned(), path)
+        if offer.artifact != tree.record.nodes[path]:
+            raise FormatError(
+                f"{offer.where} holds the adapter {offer.artifact}, the tree's node there is {tree.record.nodes[path]}"
+            )
+        return offer
 
     def find(self, digest: Digest) -> Offer | None:
         """Look for an artifact among the repository's tags and branches: earlier versions are often parents."""
         if self._versions is None:
             commits = dict.fromkeys(listed.target for listed in self.list()[:MAX_REFS])
-            found = ((self.record(snapshot), snapshot) for snapshot in map(self.snapshot, commits))
-            self._versions = {record.digest: snapshot for record, snapshot in found if record is not None}
+            found = (self._artifacts(snapshot) for snapshot in map(self.snapshot, commits))
+            self._versions = {artifact: place for places in found for artifact, place in places.items()}
         if digest not in self._versions:
             return None
-        offer = self._offer(self._versions[digest])
+        snapshot, path = self._versions[digest]
+        offer = self._node(snapshot, path) if path else self._offer(snapshot)
         return offer if offer.artifact == digest else None
+
+    def _artifacts(self, snapshot: Snapshot) -> dict[Digest, tuple[Snapshot, str]]:
+        """The artifacts that a commit says it holds, and the folder of each."""
+        if CONFIG_FILE in snapshot.files:
+            record = self.record(snapshot)
+            return {} if record is None else {record.digest: (snapshot, "")}
+        found = self.tree_record(snapshot)
+        return {} if found is None else {digest: (snapshot, path) for path, digest in found.tree.nodes.items()}
 
     def fetch(self, offer: Offer, file: RemoteFile) -> Iterator[Buffer]:
         """Yield a file's bytes; git's id, where it is what we know, is checked behind the last."""
-        commit = offer.where.rpartition("@")[2]
+        commit, path = offer.where.rpartition("@")[2][:40], offer.folder + file.path
         sha1 = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-        with self.answers(f"{file.path} at {self.address.repo}"):
-            for chunk in self.client.body(self._path(commit, file.path), file.size):
+        with self.answers(f"{path} at {self.address.repo}"):
+            for chunk in self.client.body(self._path(commit, path), file.size):
                 if file.git_id is not None:
                     sha1.update(chunk)
                 yield chunk
@@ -104,7 +134,11 @@ class HubRemote:
             )
 
     def publish(self, store: Store, digest: Digest, name: RefName | None, *, force: bool) -> Published:
-        """Put an artifact into the repository, as one commit."""
+        """Put an artifact or a tree into the repository, as one commit."""
+        if isinstance(store.record(digest), TreeRecord):
+            from loraforge_registry.remotes.hub_trees import publish_tree  # noqa: PLC0415 - as below
+
+            return publish_tree(self, store, digest, name, force=force)
         from loraforge_registry.remotes.hub_push import publish  # noqa: PLC0415 - the hub's client takes its time
 
         return publish(self, store, digest, name, force=force)
@@ -128,21 +162,33 @@ class HubRemote:
             files[name] = _hub_file(row)
         return Snapshot(_commit(fields, "sha"), files)
 
-    def record(self, snapshot: Snapshot) -> Record | None:
-        """Read the ``loraforge.json`` of a commit, where there is one.
+    def record(self, snapshot: Snapshot, folder: str = "") -> Record | None:
+        """Read the ``loraforge.json`` of an adapter at a commit, where there is one.
 
         Raises:
             FormatError: it is damaged.
         """
-        file = snapshot.files.get(RECORD_FILE)
+        return self._decoded(snapshot, folder + RECORD_FILE, decode_record)
+
+    def tree_record(self, snapshot: Snapshot) -> TreeOnHub | None:
+        """Read the ``loraforge.json`` of a tree at a commit, where there is one.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        return self._decoded(snapshot, RECORD_FILE, decode_tree_record)
+
+    def _decoded(self, snapshot: Snapshot, path: str, decode: Callable[[bytes], T]) -> T | None:
+        file = snapshot.files.get(path)
         if file is None:
             return None
         if file.size > MAX_RECORD:
-            raise FormatError(f"{self.address}: {RECORD_FILE} has {file.size} bytes; the limit is {MAX_RECORD}")
+            raise FormatError(f"{self.address}: {path} has {file.size} bytes; the limit is {MAX_RECORD}")
         try:
-            return decode_record(self.small(snapshot, RECORD_FILE, MAX_RECORD))
+            return decode(self.small(snapshot, path, MAX_RECORD))
         except FormatError as error:
-            raise FormatError(f"{self.address.at(snapshot.commit)}: {error}") from error
+            where = self.address.at(snapshot.commit)
+            raise FormatError(f"{where}{'/' * ('/' in path)}{path.rpartition('/')[0]}: {error}") from error
 
     def small(self, snapshot: Snapshot, name: str, limit: int) -> bytes:
         """Read a small file at a commit."""
@@ -163,6 +209,38 @@ class HubRemote:
 
     def _path(self, commit: str, name: str) -> str:
         return f"/{self.address.repo}/resolve/{commit}/{quote(name)}"
+
+    def _pinned(self) -> Snapshot:
+        """The commit that the address means, looked up once."""
+        if self._now is None:
+            self._now = self.snapshot(self.address.revision or MAIN)
+        return self._now
+
+    def _node(self, snapshot: Snapshot, path: str) -> Offer:
+        """Offer the adapter in a folder, which must be the one that the record beside it describes."""
+        folder, where = f"{path}/", f"{self.address.at(snapshot.commit)}/{path}"
+        record = self.record(snapshot, folder)
+        if record is None:
+            raise FormatError(f"{where}: no {RECORD_FILE}, so it is no node of a tree")
+        manifest = record.manifest
+        changed = [file.path for file in manifest.files if not _is_as_recorded(snapshot, folder, file, record)]
+        if changed:
+            raise FormatError(
+                f"{where}: {', '.join(changed)} changed, or went, since the tree was pushed; pull an earlier commit "
+                f"({self.address.repo}@COMMIT), or push the tree again"
+            )
+        return Offer(
+            where=where,
+            name=None,
+            files=tuple(
+                RemoteFile(file.path, file.size, file.digest, _remote_id(snapshot.files[folder + file.path]))
+                for file in manifest.files
+            ),
+            artifact=record.digest,
+            derivation=manifest.derivation,
+            report=manifest.report,
+            folder=folder,
+        )
 
     def _offer(self, snapshot: Snapshot) -> Offer:
         where = self.address.at(snapshot.commit)
@@ -264,6 +342,8 @@ def search(client: Client, text: str, limit: int) -> list[dict[str, Json]]:
     try:
         rows = client.json(f"/api/models?{query}")
     except RefusalError as error:
+        if error.status == 401 and client.token:
+            raise RemoteError(f"{client.host} does not accept the token (hf auth login, or HF_TOKEN)") from None
         raise RemoteError(f"{client.host} answered {error.status}: {error.said}") from None
     return _rows(rows)[:limit]
 
@@ -295,8 +375,22 @@ def describes(record: Record, snapshot: Snapshot) -> bool:
     return same_weights and config.git_id == record.git.get(CONFIG_FILE)
 
 
+def _is_as_recorded(snapshot: Snapshot, folder: str, file: File, record: Record) -> bool:
+    """Whether a node's file is the one of its record, as far as the hub says; its bytes are hashed when they come."""
+    there = snapshot.files.get(folder + file.path)
+    if there is None or there.size != file.size:
+        return False
+    if there.sha256 is not None:
+        return there.sha256 == file.digest
+    return file.path == WEIGHTS_FILE or there.git_id == record.git.get(file.path)
+
+
+def _remote_id(file: HubFile) -> str | None:
+    return None if file.sha256 else file.git_id
+
+
 def _remote_file(path: str, file: HubFile) -> RemoteFile:
-    return RemoteFile(path, file.size, file.sha256, None if file.sha256 else file.git_id)
+    return RemoteFile(path, file.size, file.sha256, _remote_id(file))
 
 
 def _hub_file(row: Mapping[str, Json]) -> HubFile:

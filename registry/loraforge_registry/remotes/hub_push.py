@@ -9,11 +9,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -29,15 +30,16 @@ from loraforge_registry.remotes.hub import MAIN, HubFile, HubRemote, Snapshot, d
 from loraforge_registry.remotes.offer import Published
 from loraforge_registry.remotes.record import RECORD_FILE, Record, encode_record
 from loraforge_registry.remotes.serving import refused_by_vllm, vllm_flags
+from loraforge_registry.remotes.tree_record import TreeOnHub
 from loraforge_registry.store import Store
 
 _OURS = (CONFIG_FILE, WEIGHTS_FILE, README_FILE, RECORD_FILE)
-_HARMLESS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt")
-_MODELS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
+HARMLESS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt")
+MODELS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
-class _Goal:
+class Goal:
     """Where a push leads: a branch, and a tag or none."""
 
     branch: str
@@ -52,29 +54,30 @@ def publish(remote: HubRemote, store: Store, digest: Digest, name: RefName | Non
             in the way; with ``force`` the first and the last are replaced.
         RemoteError: the hub says no, breaks off, or has other bytes afterwards than were sent.
     """
-    _check_token(remote)
+    check_token(remote)
     with store.reading(digest):
         manifest = store.manifest(digest)
-        head, created = _head(remote)
-        goal, done = _goal(remote, digest, name, force=force)
+        head, created = head_of(remote)
+        goal, done = goal_of(remote, digest, name, force=force)
         notes = [*created, *_serving_notes(store, manifest)]
         if done is not None:
             return Published(str(remote.address.at(done)), 0, manifest.size, tuple(notes))
         head = head if goal.branch == MAIN else remote.snapshot(goal.branch)
         _check_strangers(remote, head, notes, force=force)
         wanted = _wanted(remote, store, digest, manifest, head, notes, force=force)
-        commit, sent, skipped = _commit(remote, store, manifest, wanted, head, goal)
+        commit, sent, skipped = commit_files(remote, store, {**wanted, WEIGHTS_FILE: manifest}, head, goal)
         if goal.tag is not None:
-            _tag(remote, goal.tag, commit)
+            set_tag(remote, goal.tag, commit)
     return Published(str(remote.address.at(goal.tag or commit)), sent, skipped, tuple(notes))
 
 
-def _check_token(remote: HubRemote) -> None:
+def check_token(remote: HubRemote) -> None:
+    """Refuse to push without a token."""
     if not remote.client.token:
         raise RemoteError(f"{remote.address}: a push needs a token; log in with hf auth login, or set HF_TOKEN")
 
 
-def _head(remote: HubRemote) -> tuple[Snapshot, list[str]]:
+def head_of(remote: HubRemote) -> tuple[Snapshot, list[str]]:
     """Return what is on the main branch now; a repository that is not there is made."""
     try:
         return remote.snapshot(MAIN), []
@@ -85,24 +88,24 @@ def _head(remote: HubRemote) -> tuple[Snapshot, list[str]]:
     return remote.snapshot(MAIN), [f"made the repository {remote.client.host}/{remote.address.repo} ({kind})"]
 
 
-def _goal(remote: HubRemote, digest: Digest, name: RefName | None, *, force: bool) -> tuple[_Goal, str | None]:
+def goal_of(remote: HubRemote, digest: Digest, name: RefName | None, *, force: bool) -> tuple[Goal, str | None]:
     """Return where to push to, and the tag that means this artifact already, if there is one."""
     tags, branches = remote.refs()
     wanted = remote.address.revision
     if wanted is not None and wanted in branches:
-        return _Goal(wanted, None), None
+        return Goal(wanted, None), None
     tag = wanted or (name.tag if name is not None and name.tag != DEFAULT_TAG else None)
     if tag is None or tag not in tags:
-        return _Goal(MAIN, tag), None
+        return Goal(MAIN, tag), None
     snapshot = remote.snapshot(tags[tag])
-    record = _record_of(remote, snapshot)
+    record = _record_of(remote, snapshot) or tree_of(remote, snapshot)
     if record is not None and record.digest == digest:
-        return _Goal(MAIN, tag), tag
+        return Goal(MAIN, tag), tag
     if not force:
         what = f"sha256:{record.digest.short}" if record else f"the commit {snapshot.commit[:12]}"
         said = f"the tag {tag} in {remote.address} is {what}, this is sha256:{digest.short}"
         raise ConflictError(f"{said}: choose another tag, or --force")
-    return _Goal(MAIN, tag), None
+    return Goal(MAIN, tag), None
 
 
 def _record_of(remote: HubRemote, snapshot: Snapshot) -> Record | None:
@@ -113,6 +116,14 @@ def _record_of(remote: HubRemote, snapshot: Snapshot) -> Record | None:
         return None
     there = {CONFIG_FILE, WEIGHTS_FILE} <= set(snapshot.files)
     return record if record is not None and there and describes(record, snapshot) else None
+
+
+def tree_of(remote: HubRemote, snapshot: Snapshot) -> TreeOnHub | None:
+    """The record of a tree at a commit, if it is a good one."""
+    try:
+        return remote.tree_record(snapshot)
+    except FormatError:
+        return None
 
 
 def _serving_notes(store: Store, manifest: Manifest) -> Iterator[str]:
@@ -126,8 +137,8 @@ def _serving_notes(store: Store, manifest: Manifest) -> Iterator[str]:
 
 def _check_strangers(remote: HubRemote, head: Snapshot, notes: list[str], *, force: bool) -> None:
     """A repository with another model in it is not written to; other files stay, and are named."""
-    others = sorted(name for name in head.files if name not in _OURS + _HARMLESS)
-    models = [name for name in others if name == "config.json" or name.endswith(_MODELS)]
+    others = sorted(name for name in head.files if name not in _OURS + HARMLESS)
+    models = [name for name in others if name == "config.json" or name.endswith(MODELS)]
     if models and CONFIG_FILE not in head.files and not force:
         raise ConflictError(
             f"{remote.address} holds {', '.join(models[:3])} and no adapter; name another repository, or --force"
@@ -155,35 +166,45 @@ def _wanted(
         readme = card(remote.address.repo, digest, manifest, store.layout(manifest))
     else:
         text = store.read_file(own, MAX_README)
-        _check_text(text)
+        check_text(text)
         readme = with_front_matter(text, manifest)
         if lacks_base(readme, manifest):
             notes.append("README.md does not name base_model, so the Hub will not list the adapter under its base")
-    if _may_write_readme(remote, head, readme, own, notes, force=force):
+    if may_write_readme(remote, head, readme, _record_of(remote, head), notes, own=own is not None, force=force):
         wanted[README_FILE] = readme
     git = {path: git_id([data], len(data)) for path, data in wanted.items()}
     wanted[RECORD_FILE] = encode_record(Record(digest, manifest, git))
     return wanted
 
 
-def _check_text(readme: bytes) -> None:
+def check_text(readme: bytes) -> None:
+    """Refuse a README that the Hub would."""
     try:
         readme.decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"its README.md is not UTF-8 at byte {error.start}, which the Hub does not take") from error
 
 
-def _may_write_readme(
-    remote: HubRemote, head: Snapshot, readme: bytes, own: File | None, notes: list[str], *, force: bool
+def may_write_readme(
+    remote: HubRemote,
+    head: Snapshot,
+    readme: bytes,
+    before: Record | TreeOnHub | None,
+    notes: list[str],
+    *,
+    own: bool,
+    force: bool,
 ) -> bool:
-    """Whether README.md is ours to write: what a person wrote on the hub is never replaced unasked."""
+    """Whether README.md is ours to write: what a person wrote on the hub is never replaced unasked.
+
+    ``before`` is the record that is there; with ``own`` the README belongs to what is pushed.
+    """
     there = head.files.get(README_FILE)
     if there is None or force or _is(there, readme):
         return True
-    before = _record_of(remote, head)
     if before is not None and there.git_id is not None and before.git.get(README_FILE) == there.git_id:
         return True
-    if own is not None:
+    if own:
         raise ConflictError(
             f"{remote.address} has a README.md that was not pushed by loraforge, and the adapter has another; "
             "--force replaces it (the Hub keeps the old one in its history)"
@@ -192,52 +213,72 @@ def _may_write_readme(
     return False
 
 
-def _commit(
-    remote: HubRemote, store: Store, manifest: Manifest, wanted: Mapping[str, bytes], head: Snapshot, goal: _Goal
+def commit_files(
+    remote: HubRemote,
+    store: Store,
+    wanted: Mapping[str, bytes | Manifest],
+    head: Snapshot,
+    goal: Goal,
+    gone: Iterable[str] = (),
 ) -> tuple[str, int, int]:
-    """Make the commit, where one is needed; return it, with the bytes that were sent and that were there."""
-    weights = manifest.file(WEIGHTS_FILE)
-    differing = {name: data for name, data in wanted.items() if not _is(head.files.get(name), data)}
-    small, size = sum(map(len, differing.values())), sum(map(len, wanted.values())) + weights.size
-    same_weights = _are(head.files.get(WEIGHTS_FILE), store, weights)
-    if not differing and same_weights:
+    """Make one commit after which these files are there, where one is needed, and those that are ``gone`` are not.
+
+    A manifest stands for its weights. Returns the commit, and the bytes that were sent and that were there.
+    """
+    differing = {name: data for name, data in wanted.items() if not _is_there(head.files.get(name), store, data)}
+    size, deletions = sum(map(_size, wanted.values())), [CommitOperationDelete(name) for name in gone]
+    if not differing and not deletions:
         return head.commit, 0, size
-    with ExitStack() as stack:
-        additions = [CommitOperationAdd(name, _Counted(io.BytesIO(data))) for name, data in differing.items()]
-        reader = None
-        if not same_weights:
-            reader = stack.enter_context(
-                _Counted(io.FileIO(stack.enter_context(store.open_weights(manifest)), closefd=False))
-            )
-            additions.append(CommitOperationAdd(WEIGHTS_FILE, reader))
-            _check_undamaged(store, additions[-1], weights)
-            reader.count = 0  # until here it was only hashed
-        api = stack.enter_context(_client(remote))
+    readers = {name: _Counted(_source(store, data)) for name, data in differing.items()}
+    additions = [CommitOperationAdd(name, reader) for name, reader in readers.items()]
+    for addition in additions:
+        _check_undamaged(store, addition, differing[addition.path_in_repo])
+    for reader in readers.values():
+        reader.count = 0  # until here it was only hashed
+    with _client(remote) as api:
         title = f"loraforge push {goal.tag or ''}".strip()
         info = api.create_commit(
-            remote.address.repo, additions, commit_message=title, revision=goal.branch, parent_commit=head.commit
+            remote.address.repo,
+            [*additions, *deletions],
+            commit_message=title,
+            revision=goal.branch,
+            parent_commit=head.commit,
         )
-        commit = info.oid
-    sent = small + (min(reader.count, weights.size) if reader is not None else 0)
-    _compare(remote, remote.snapshot(commit), store, weights, wanted)
-    return commit, sent, size - sent
+    _compare(remote, remote.snapshot(info.oid), store, wanted)
+    sent = sum(_sent(readers[name], data) for name, data in differing.items())
+    return info.oid, sent, size - sent
 
 
-def _check_undamaged(store: Store, addition: CommitOperationAdd, weights: File) -> None:
-    if addition.upload_info.sha256 != weights.digest.raw:
-        raise StoreError(f"{store.path}: the bytes stored as {weights.digest} are damaged; nothing was sent")
+def _sent(reader: "_Counted", data: bytes | Manifest) -> int:
+    """The bytes of a file that went over the wire: small ones are read once more for their hash, and all go."""
+    return len(data) if isinstance(data, bytes) else min(reader.count, _size(data))
 
 
-def _compare(remote: HubRemote, after: Snapshot, store: Store, weights: File, wanted: Mapping[str, bytes]) -> None:
+def _size(data: bytes | Manifest) -> int:
+    return len(data) if isinstance(data, bytes) else data.file(WEIGHTS_FILE).size
+
+
+def _source(store: Store, data: bytes | Manifest) -> io.RawIOBase:
+    return cast("io.RawIOBase", io.BytesIO(data)) if isinstance(data, bytes) else _Stored(store, data)
+
+
+def _check_undamaged(store: Store, addition: CommitOperationAdd, data: bytes | Manifest) -> None:
+    if isinstance(data, Manifest) and addition.upload_info.sha256 != data.file(WEIGHTS_FILE).digest.raw:
+        digest = data.file(WEIGHTS_FILE).digest
+        raise StoreError(f"{store.path}: the bytes stored as {digest} are damaged; nothing was sent")
+
+
+def _compare(remote: HubRemote, after: Snapshot, store: Store, wanted: Mapping[str, bytes | Manifest]) -> None:
     """Every file is on the hub as it was meant to be, by the hub's own hashes."""
-    wrong = [name for name, data in wanted.items() if not _is(after.files.get(name), data)]
-    if not _are(after.files.get(WEIGHTS_FILE), store, weights):
-        wrong.append(WEIGHTS_FILE)
+    wrong = [name for name, data in wanted.items() if not _is_there(after.files.get(name), store, data)]
     if wrong:
-        raise RemoteError(f"{remote.address.at(after.commit)}: {', '.join(wrong)} did not arrive as sent; push again")
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        said = f"{', '.join(wrong[:4])}{more} did not arrive as sent; push again"
+        raise RemoteError(f"{remote.address.at(after.commit)}: {said}")
 
 
-def _tag(remote: HubRemote, tag: str, commit: str) -> None:
+def set_tag(remote: HubRemote, tag: str, commit: str) -> None:
+    """Let a tag mean a commit, where it does not already."""
     tags, _ = remote.refs()
     if tags.get(tag) == commit:
         return
@@ -245,6 +286,10 @@ def _tag(remote: HubRemote, tag: str, commit: str) -> None:
         if tag in tags:
             api.delete_tag(remote.address.repo, tag=tag)
         api.create_tag(remote.address.repo, tag=tag, revision=commit)
+
+
+def _is_there(there: HubFile | None, store: Store, data: bytes | Manifest) -> bool:
+    return _is(there, data) if isinstance(data, bytes) else _are(there, store, data.file(WEIGHTS_FILE))
 
 
 def _is(there: HubFile | None, data: bytes) -> bool:
@@ -271,6 +316,31 @@ class _Counted(io.BufferedReader):
         data = super().read(size)
         self.count += len(data)
         return data
+
+
+class _Stored(io.RawIOBase):
+    """The weights of an artifact, open only while they are read: a tree has more files than a process may open."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        super().__init__()
+        self._store, self._manifest, self._position = store, manifest, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: _size(self._manifest)}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - a writable buffer, which 3.11 cannot spell
+        with self._store.open_weights(self._manifest) as fd:
+            count = os.preadv(fd, [buffer], self._position)
+        self._position += count
+        return count
 
 
 @contextmanager

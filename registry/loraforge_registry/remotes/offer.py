@@ -1,7 +1,7 @@
 """What a remote offers, and the one small interface that every remote has."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from loraforge_registry.canonical import Value
@@ -10,6 +10,7 @@ from loraforge_registry.manifest import Derivation
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
 from loraforge_registry.system import Buffer
+from loraforge_registry.trees import TreeRecord, only_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class RemoteFile:
 class Offer:
     """One adapter on a remote, pinned: ``where`` means these bytes tomorrow, too.
 
-    ``artifact`` is its digest where that is known before the files have come. ``notes`` are for the user.
+    ``artifact`` is its digest where that is known before the files have come. ``notes`` are for the user. Its files lie
+    in ``folder``, below what the remote's address means.
     """
 
     where: str
@@ -41,10 +43,28 @@ class Offer:
     derivation: Derivation | None = None
     report: Mapping[str, Value] | None = None
     notes: tuple[str, ...] = ()
+    folder: str = ""
 
     def file(self, path: str) -> RemoteFile | None:
         """The file at ``path``, if there is one."""
         return next((file for file in self.files if file.path == path), None)
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTree:
+    """A tree on a remote, pinned as an ``Offer`` is; its record is canonical, whether it is true is not known yet.
+
+    Where ``whole`` is false, the record is only one path of the tree that is there.
+    """
+
+    where: str
+    name: RefName | None
+    record: TreeRecord
+    whole: bool = True
+
+    def along(self, path: str) -> "OfferedTree":
+        """Return one path of it; what is no node raises NotFoundError."""
+        return replace(self, record=only_path(self.record, path), whole=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +99,12 @@ class Remote(Protocol):
 
     def offer(self) -> Offer:
         """Say what the address means: one artifact, now."""
+
+    def tree(self) -> OfferedTree | None:
+        """Return the tree that the address means, now; None where it means an adapter, or nothing yet."""
+
+    def node(self, tree: OfferedTree, path: str) -> Offer:
+        """Offer a node of a tree: the artifact that the tree's record names, or what is there is refused."""
 
     def find(self, digest: Digest) -> Offer | None:
         """Return the offer of an artifact, where the remote has it: a parent in a lineage."""

@@ -69,17 +69,17 @@ def decode_record(data: bytes) -> Record:
         FormatError: it is none, or does not describe the artifact that it names.
     """
     try:
-        fields = _object(strict_json.loads(data, max_bytes=MAX_RECORD, max_depth=48))
+        fields = fields_of(strict_json.loads(data, max_bytes=MAX_RECORD, max_depth=48))
         if fields.get("schema") != RECORD_SCHEMA:
             raise FormatError(f"its schema is {str(fields.get('schema'))[:40]!r}, expected {RECORD_SCHEMA!r}")
         if set(fields) != _KEYS:
             raise FormatError(f"its keys are not those of a {RECORD_SCHEMA}")
         encoded = canonical.encode(_manifest(fields))
-        digest = _digest(fields["digest"])
+        digest = digest_of(fields["digest"])
         if Digest.of(encoded) != digest:
             raise FormatError(f"it names the artifact {digest}, and describes {Digest.of(encoded)}")
         manifest = decode_manifest(encoded)
-        git = {path: _text(value) for path, value in _object(fields["git"]).items()}
+        git = {path: text_of(value) for path, value in fields_of(fields["git"]).items()}
     except ValueError as error:
         raise FormatError(f"{RECORD_FILE}: {error}") from error
     return Record(digest, manifest, git)
@@ -88,20 +88,20 @@ def decode_record(data: bytes) -> Record:
 def _manifest(fields: Mapping[str, Json]) -> Value:
     """The manifest as it is encoded: digests are raw bytes there."""
     files = [
-        {"path": path, "digest": _digest(row["digest"]).raw, "size": _plain(row["size"])}
-        for path, row in ((path, _object(row, {"digest", "size"})) for path, row in _rows(fields["files"]))
+        {"path": path, "digest": digest_of(row["digest"]).raw, "size": _plain(row["size"])}
+        for path, row in ((path, fields_of(row, {"digest", "size"})) for path, row in _rows(fields["files"]))
     ]
     tensors: list[Value] = []
     for name, row in _rows(fields["tensors"]):
-        found = _object(row, {"dtype", "shape", "data_offsets", "digest"})
+        found = fields_of(row, {"dtype", "shape", "data_offsets", "digest"})
         begin, end = _list(found["data_offsets"], 2)
-        digest = _digest(found["digest"], "blake3").raw
+        digest = digest_of(found["digest"], "blake3").raw
         tensors.append([name, _plain(found["dtype"]), _plain(found["shape"]), _plain(begin), _plain(end), digest])
     derivation = fields["derivation"]
     return {
         "schema": _plain(fields["manifest"]),
         "base": _plain(fields["base"]),
-        "content_id": _digest(fields["content_id"]).raw,
+        "content_id": digest_of(fields["content_id"]).raw,
         "derivation": None if derivation is None else _derivation(derivation),
         "files": cast("list[Value]", files),
         "report": _plain(fields["report"]),
@@ -110,7 +110,7 @@ def _manifest(fields: Mapping[str, Json]) -> Value:
 
 
 def _derivation(value: Json) -> Value:
-    fields = _object(value, {"operation", "version", "parameters", "inputs"})
+    fields = fields_of(value, {"operation", "version", "parameters", "inputs"})
     return {
         "operation": _plain(fields["operation"]),
         "version": _plain(fields["version"]),
@@ -120,23 +120,24 @@ def _derivation(value: Json) -> Value:
 
 
 def _input(value: Json) -> Value:
-    fields = _object(value)
+    fields = fields_of(value)
     weight = _plain(fields.get("weight"))
     if set(fields) == {"weight", "digest", "content_id"}:
-        both: Value = {key: _digest(fields[key]).raw for key in ("digest", "content_id")}
+        both: Value = {key: digest_of(fields[key]).raw for key in ("digest", "content_id")}
         return {"weight": weight, "artifact": both}
     if set(fields) == {"weight", "content_id"}:
-        return {"weight": weight, "content_id": _digest(fields["content_id"]).raw}
+        return {"weight": weight, "content_id": digest_of(fields["content_id"]).raw}
     if set(fields) == {"weight", "derivation"}:
         return {"weight": weight, "derivation": _derivation(fields["derivation"])}
     raise FormatError("an input of its derivation has other fields than a weight and one source")
 
 
 def _rows(value: Json) -> list[tuple[str, Json]]:
-    return sorted(_object(value).items(), key=lambda row: row[0].encode())
+    return sorted(fields_of(value).items(), key=lambda row: row[0].encode())
 
 
-def _object(value: Json, keys: set[str] | None = None) -> dict[str, Json]:
+def fields_of(value: Json, keys: set[str] | None = None) -> dict[str, Json]:
+    """Return a map, of exactly these keys where they are given; anything else raises FormatError."""
     if not isinstance(value, dict) or (keys is not None and set(value) != keys):
         raise FormatError(f"{json.dumps(value)[:60]} where an object of {', '.join(sorted(keys or ()))} was expected")
     return value
@@ -148,14 +149,16 @@ def _list(value: Json, length: int | None = None) -> list[Json]:
     return value
 
 
-def _text(value: Json) -> str:
+def text_of(value: Json) -> str:
+    """Return a text; anything else raises FormatError."""
     if not isinstance(value, str):
         raise FormatError(f"{json.dumps(value)[:60]} where a text was expected")
     return value
 
 
-def _digest(value: Json, algorithm: str = "sha256") -> Digest:
-    digest = Digest.parse(_text(value))
+def digest_of(value: Json, algorithm: str = "sha256") -> Digest:
+    """Return a digest by this algorithm; anything else raises FormatError."""
+    digest = Digest.parse(text_of(value))
     if digest.algorithm != algorithm:
         raise FormatError(f"{digest}: expected a digest by {algorithm}")
     return digest

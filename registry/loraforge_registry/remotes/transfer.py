@@ -4,7 +4,7 @@ What is cut off is simply run again: each file that arrived whole is there, and 
 """
 
 import errno
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -52,7 +52,7 @@ def receive(
         known = store.lookup(name)
         root = _Transfer(store, remote, known).take(offer)
         session.pin(root.digest)
-        above, missing = _lineage(store, remote, root.digest) if lineage else ([], _absent(store, root.digest))
+        above, missing = ancestors(store, remote, [root.digest], fetch=lineage)
         store.tag(root.digest, name, force=force, what=what)
     got = [root, *above]
     return Received(root.digest, sum(r.received for r in got), sum(r.skipped for r in got), tuple(missing))
@@ -66,11 +66,21 @@ def _check_free(store: Store, offer: Offer, name: RefName, *, force: bool) -> No
     raise ConflictError(f"{name} is {old} already; {offer.where} is {offer.artifact}: choose another tag, or --force")
 
 
-def _lineage(store: Store, remote: Remote, root: Digest) -> tuple[list[Received], list[Digest]]:
-    """Take the ancestors that are not here yet; return what was done, and those that nobody has."""
+def take(store: Store, remote: Remote, offer: Offer) -> Received:
+    """Store one artifact that a remote offers, without a name, within a session of the store."""
+    return _Transfer(store, remote, None).take(offer)
+
+
+def ancestors(
+    store: Store, remote: Remote, roots: Sequence[Digest], *, fetch: bool
+) -> tuple[list[Received], list[Digest]]:
+    """Take what artifacts were made from, as far as the remote has it; return what was done, and what nobody has.
+
+    Without ``fetch`` only those that they were made from themselves are looked for, here.
+    """
     done: list[Received] = []
     missing: list[Digest] = []
-    todo, seen = [root], {root}
+    todo, seen = list(roots), set(roots)
     while todo:
         for parent in _parents(store, todo.pop()):
             if parent in seen:
@@ -79,17 +89,14 @@ def _lineage(store: Store, remote: Remote, root: Digest) -> tuple[list[Received]
             if len(seen) > MAX_LINEAGE:
                 raise FormatError(f"more than {MAX_LINEAGE} ancestors")
             if not store.has(parent):
-                offer = remote.find(parent)
+                offer = remote.find(parent) if fetch else None
                 if offer is None:
                     missing.append(parent)
                     continue
-                done.append(_Transfer(store, remote, None).take(offer))
-            todo.append(parent)
+                done.append(take(store, remote, offer))
+            if fetch:
+                todo.append(parent)
     return done, missing
-
-
-def _absent(store: Store, digest: Digest) -> list[Digest]:
-    return [parent for parent in _parents(store, digest) if not store.has(parent)]
 
 
 def _parents(store: Store, digest: Digest) -> tuple[Digest, ...]:

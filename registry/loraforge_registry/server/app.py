@@ -1,5 +1,6 @@
 """The application: who asks, what for, and what goes wrong becomes one sentence of JSON."""
 
+import errno
 import ipaddress
 import json
 import logging
@@ -91,7 +92,8 @@ class App:
         try:
             call, found = self._call(scope, receive)
             user, route = call.user.name if call.user else "-", found.template
-            limiter = self._long if found.sends else self._small
+            waits = found.sends or (scope["method"] not in ("GET", "HEAD") and not await call.begin())
+            limiter = self._long if waits else self._small
             response = await anyio.to_thread.run_sync(found.handler, self._hub, call, limiter=limiter)
         except Exception as error:  # noqa: BLE001 - whatever it is, no traceback reaches a client
             response = _refusal(error, request, page=_is_page(scope))
@@ -222,6 +224,9 @@ def _as_refused(error: BaseException, request: str) -> RefusedError:
         return RefusedError(404, "what this names is not here any more", "EntryNotFound")
     if isinstance(error, ConflictError):
         return RefusedError(409, "it was changed meanwhile: try again")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        LOG.error("%s no space left", request)
+        return RefusedError(507, "the server's disk is full; nothing was stored", "DiskFull")
     if isinstance(error, OSError) and not isinstance(error, LoraforgeError):
         LOG.error("%s %s: %s", request, type(error).__name__, error.errno)
     else:

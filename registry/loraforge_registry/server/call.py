@@ -16,6 +16,7 @@ from loraforge_registry.server.errors import RefusedError, bad_request, too_larg
 
 PIECE = 1024 * 1024  # what a handler is given at once: one hop between threads for each
 SMALL_BODY = 4 * 1024 * 1024
+AHEAD = 16 * 1024  # what is read of a body before a thread waits for it
 IDLE = 30.0  # seconds without a byte
 GRACE, MIN_RATE = 30.0, 1024  # from here on, bytes a second on average
 
@@ -37,8 +38,10 @@ class Call:
     receive: Receive
     route: str = ""
     query: Mapping[str, str] = field(init=False)
+    _reader: "_Body" = field(init=False)
 
     def __post_init__(self) -> None:
+        self._reader = _Body(self.receive)
         try:
             parsed = parse_qs(self.query_string, keep_blank_values=True, max_num_fields=100)
         except ValueError as error:
@@ -51,12 +54,23 @@ class Call:
         Raises:
             RefusedError: 413 beyond ``limit``, 408 where it trickles, 400 where the client went away.
         """
+        self._check_declared(limit)
+        while piece := anyio.from_thread.run(self._reader.piece, limit):
+            yield piece
+
+    async def begin(self) -> bool:
+        """Read the beginning of the body on the event loop, where who dawdles holds no thread; say whether it is all.
+
+        Raises:
+            RefusedError: as ``pieces``.
+        """
+        self._check_declared(SMALL_BODY)
+        return await self._reader.begin()
+
+    def _check_declared(self, limit: int) -> None:
         declared = self.headers.get("content-length")
         if declared is not None and (not declared.isdecimal() or int(declared) > limit):
             raise too_large(f"a body of {declared[:20]} bytes; the limit here is {limit}")
-        reader = _Body(self.receive, limit)
-        while piece := anyio.from_thread.run(reader.piece):
-            yield piece
 
     def body(self, limit: int = SMALL_BODY) -> bytes:
         """Return a small body whole."""
@@ -81,31 +95,38 @@ class Call:
 class _Body:
     """Gathers what the network gives into pieces, on the event loop."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._limit = limit
+        self._kept = bytearray()
         self._size = 0
         self._begin = time.monotonic()
         self._ended = False
 
-    async def piece(self) -> bytes:
-        gathered = bytearray()
-        while not self._ended and len(gathered) < PIECE:
+    async def begin(self) -> bool:
+        await self._gather(AHEAD)
+        return self._ended
+
+    async def piece(self, limit: int) -> bytes:
+        await self._gather(PIECE, limit)
+        piece, self._kept = bytes(self._kept), bytearray()
+        return piece
+
+    async def _gather(self, wanted: int, limit: int | None = None) -> None:
+        while not self._ended and len(self._kept) < wanted:
             try:
                 message = await asyncio.wait_for(self._receive(), IDLE)
             except TimeoutError as error:
                 raise RefusedError(408, f"no byte came for {IDLE:.0f} s") from error
             if message["type"] == "http.disconnect":
                 raise RefusedError(400, "the client went away")
-            gathered += message.get("body", b"")
+            self._kept += message.get("body", b"")
             self._size += len(message.get("body", b""))
             self._ended = not message.get("more_body", False)
-            self._check()
-        return bytes(gathered)
+            self._check_rate()
+            if limit is not None and self._size > limit:
+                raise too_large(f"a body of more than {limit} bytes")
 
-    def _check(self) -> None:
-        if self._size > self._limit:
-            raise too_large(f"a body of more than {self._limit} bytes")
+    def _check_rate(self) -> None:
         spent = time.monotonic() - self._begin
         if spent > GRACE and self._size < MIN_RATE * spent and not self._ended:
             raise RefusedError(408, f"the body comes at less than {MIN_RATE} bytes a second")

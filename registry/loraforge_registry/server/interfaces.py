@@ -56,5 +56,12 @@ class Refs(Protocol):
             NotFoundError: it is not there.
         """
 
+    def outline(self, digest: Digest) -> tuple[str, Digest | None] | None:
+        """The id and the parent of a commit, quickly; None for another record (``repositories.outline``).
+
+        Raises:
+            NotFoundError: it is not there.
+        """
+
     def put_record(self, data: bytes) -> Digest:
         """Store a record, durably; what it needs is there already."""

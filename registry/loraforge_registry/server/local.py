@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import lru_cache
 
-from loraforge_registry import objects, refs
+from loraforge_registry import canonical, objects, refs
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, NotFoundError, StoreError
 from loraforge_registry.files import Files
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.records import Record, Records
+from loraforge_registry.repositories import outline
 from loraforge_registry.sessions import Session, open_session
 from loraforge_registry.system import Buffer
 
@@ -117,6 +118,10 @@ class LocalRefs:
     def record(self, digest: Digest) -> Record:
         """Read a record; it never changes, so the last few thousand are kept."""
         return self._records(digest)
+
+    def outline(self, digest: Digest) -> tuple[str, Digest | None] | None:
+        """Read the id and the parent of a commit."""
+        return outline(objects.read_all(self._files, objects.MANIFESTS, digest, canonical.MAX_BYTES))
 
     def put_record(self, data: bytes) -> Digest:
         """Store a record behind what it needs."""

@@ -5,9 +5,10 @@ machine is one, too, which can only be read: each tag is a commit without a pare
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 from loraforge_registry import git
 from loraforge_registry.digest import Digest
@@ -168,16 +169,23 @@ def revision_of(hub: Hub, digest: Digest) -> Revision:
     """
     cached = _KNOWN.get(digest)
     if cached is None:
-        record = hub.refs.record(digest)
-        commit = record if isinstance(record, CommitRecord) else _as_commit(hub, digest, record)
-        cached = Revision(commit.id, digest, commit)
-        if len(_KNOWN) > 20_000:
-            _KNOWN.clear()
-        _KNOWN[digest] = cached
+        with _LOADING:
+            cached = _KNOWN.get(digest) or _load_revision(hub, digest)
+            if len(_KNOWN) > 20_000:
+                _KNOWN.clear()
+            _KNOWN[digest] = cached
     return cached
 
 
 _KNOWN: dict[Digest, Revision] = {}  # they never change: a digest is of all that they are
+_OUTLINES: dict[Digest, tuple[str, Digest | None]] = {}
+_LOADING = Lock()  # a server that begins is asked by all at once: each history is read once, not by every thread
+
+
+def _load_revision(hub: Hub, digest: Digest) -> Revision:
+    record = hub.refs.record(digest)
+    commit = record if isinstance(record, CommitRecord) else _as_commit(hub, digest, record)
+    return Revision(commit.id, digest, commit)
 
 
 def resolve(hub: Hub, repository: Repository, revision: str) -> Revision:
@@ -195,11 +203,43 @@ def resolve(hub: Hub, repository: Repository, revision: str) -> Revision:
     for table in tables:
         if plain in table:
             return revision_of(hub, table[plain])
-    if _COMMIT.fullmatch(revision):
+    if _COMMIT.fullmatch(revision) and len(revision) == 40:
+        whole = _find(hub, repository.record.needs, revision)
+        if whole is not None:
+            return whole
+    elif _COMMIT.fullmatch(revision):
         found = {r.digest: r for r in history(hub, *repository.record.needs) if r.id.startswith(revision)}
         if len({r.id for r in found.values()}) == 1:
             return next(iter(found.values()))
     raise no_revision(revision[:200])
+
+
+def _find(hub: Hub, heads: Iterable[Digest], identity: str) -> Revision | None:
+    """Walk back by what each record says of itself; the one that is looked for is read whole, and checked."""
+    seen: set[Digest] = set()
+    for head in heads:
+        digest: Digest | None = head
+        while digest is not None and digest not in seen:
+            seen.add(digest)
+            found, parent = _outline(hub, digest)
+            if found == identity:
+                return revision_of(hub, digest)
+            digest = parent
+    return None
+
+
+def _outline(hub: Hub, digest: Digest) -> tuple[str, Digest | None]:
+    cached = _OUTLINES.get(digest)
+    if cached is None:
+        with _LOADING:
+            cached = _OUTLINES.get(digest) or hub.refs.outline(digest)
+        if cached is None:  # an artifact, which is a commit as well
+            revision = revision_of(hub, digest)
+            cached = revision.id, revision.commit.parent
+        if len(_OUTLINES) > 100_000:
+            _OUTLINES.clear()
+        _OUTLINES[digest] = cached
+    return cached
 
 
 def history(hub: Hub, *heads: Digest) -> Iterator[Revision]:

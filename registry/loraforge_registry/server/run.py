@@ -3,10 +3,12 @@
 import asyncio
 import ipaddress
 import logging
+import resource
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -15,14 +17,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from loraforge_registry.errors import InputOutputError, StoreError
 from loraforge_registry.files import Files
 from loraforge_registry.new_store import check_format, make_store
-from loraforge_registry.server import xet
+from loraforge_registry.server import places
 from loraforge_registry.server.accounts import Accounts
 from loraforge_registry.server.app import LOG, App
 from loraforge_registry.server.hub import Hub, Settings
 from loraforge_registry.server.local import LocalBlobs, LocalRefs, Pins
+from loraforge_registry.server.staged import Staged
 from loraforge_registry.server.tickets import Signer
 
 HEADER_SECONDS = 10.0
+KEEP_ALIVE = 30  # seconds between two requests of a connection
+MAX_HEADERS = 64 * 1024
 MAX_CONNECTIONS = 2000
 
 
@@ -46,8 +51,10 @@ def open_hub(store: Path, settings: Settings) -> tuple[Hub, Pins]:
     key = accounts.key()
     scratch = state_of(store) / "uploads"
     scratch.mkdir(mode=0o700, exist_ok=True)
-    hub = Hub(LocalBlobs(files, pins), LocalRefs(files, pins), accounts, Signer(key), scratch, settings)
-    xet.clean(hub)
+    blobs = LocalBlobs(files, pins)
+    staged = Staged(state_of(store) / "staged", blobs.size)
+    hub = Hub(blobs, LocalRefs(files, pins), accounts, Signer(key), scratch, staged, settings)
+    places.clean(scratch)
     return hub, pins
 
 
@@ -59,10 +66,12 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(1024)
+        with ExitStack() as closing:
+            found = closing.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(1024)
+            closing.pop_all()
     except OSError as error:
         raise InputOutputError(error.errno or 0, f"{host} port {port}: {error.strerror or error}") from error
     return found
@@ -98,6 +107,7 @@ def check_exposed(host: str, accounts: Accounts) -> None:
 def serve(hub: Hub, pins: Pins, bound: socket.socket) -> None:
     """Serve until a signal."""
     _log_to_stderr()
+    _Patient.most = _connections()
     config = uvicorn.Config(
         App(hub),
         http=_Patient,
@@ -108,8 +118,8 @@ def serve(hub: Hub, pins: Pins, bound: socket.socket) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=30,
+        limit_concurrency=MAX_CONNECTIONS + 100,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=10,
     )
     try:
@@ -119,24 +129,60 @@ def serve(hub: Hub, pins: Pins, bound: socket.socket) -> None:
 
 
 class _Patient(HttpToolsProtocol):
-    """HTTP as uvicorn speaks it, with a limit to how long a client may take to say what it wants."""
+    """HTTP as uvicorn speaks it, with limits to how long a client may take, and how much, to say what it wants.
+
+    Where there are too many connections, the one that has said nothing for longest goes: who asks is served.
+    """
+
+    most: ClassVar[int] = MAX_CONNECTIONS
+    _silent: ClassVar[dict["_Patient", None]] = {}  # in the order in which they fell silent
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - uvicorn's signature
         super().connection_made(transport)
+        self._head = 0
         self._waiting = self.loop.call_later(HEADER_SECONDS, transport.abort)
+        self._silent[self] = None
+        if len(self.connections) > self.most:
+            next(iter(self._silent)).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head:
+            self._head += len(data)
+            if self._head > MAX_HEADERS:
+                self.transport.abort()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._head = 1
         self._waiting.cancel()
         self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def on_headers_complete(self) -> None:
+        self._head = 0
         self._waiting.cancel()
+        self._silent.pop(self, None)
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._silent[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._waiting.cancel()
+        self._silent.pop(self, None)
         super().connection_lost(exc)
+
+
+def _connections() -> int:
+    """How many connections there may be; each is an open file, as is what it reads. The limit is raised if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft // 2)
 
 
 def _log_to_stderr() -> None:

@@ -1,17 +1,14 @@
 """The half of Xet that writes: since 1.20 the Hub's clients send large files in no other way, unless they are told to.
 
-Every token gets a place of its own: a client remembers what it sent to one, and would not send it again after it was
-taken away. A file is rebuilt when its shard comes, and stored under the SHA-256 of its bytes. Nothing here is ever read
-by clients: downloads stay plain HTTP.
+A file is rebuilt when its shard comes, from xorbs that came, or from files that earlier ones became (``places``), and
+stored under the SHA-256 of its bytes. Nothing here is ever read by clients: downloads stay plain HTTP.
 """
 
 import os
 import re
 import secrets
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,15 +16,15 @@ from starlette.responses import JSONResponse, Response
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError, StoreError
-from loraforge_registry.server import repos, xorbs
+from loraforge_registry.server import places, repos, xorbs
 from loraforge_registry.server.api import known
 from loraforge_registry.server.call import Call
+from loraforge_registry.server.commits import size_of
 from loraforge_registry.server.errors import RefusedError, bad_request, too_large
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.system import Buffer
 
 LIFETIME = 12 * 3600
-REBUILT = 600.0  # seconds that xorbs stay: a client may send several shards of one upload
-_DONE = "done"
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -35,8 +32,8 @@ def write_token(hub: Hub, call: Call) -> Response:
     """GET /api/models/{id}/xet-write-token/{rev}: the body is what hf_xet reads, the headers what Python does."""
     user = known(call)
     repository = repos.find_to_write(hub, call.segments["id"], user)
-    clean(hub)
-    place = secrets.token_hex(16)
+    places.clean(hub.scratch)
+    place = places.open_place(hub.scratch, user.name, lambda digest: size_of(hub, user, repository, digest) is not None)
     token = hub.signer.sign("cas", {"user": user.name, "place": place, "repository": repository.id}, LIFETIME)
     url, until = f"{call.endpoint}/cas/{place}", int(time.time()) + LIFETIME
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(until)}
@@ -50,7 +47,7 @@ def xorb(hub: Hub, call: Call) -> Response:
     if _HASH.fullmatch(name) is None:
         raise bad_request("not the hash of a xorb")
     limit = hub.settings.quota or 2 * hub.settings.max_file
-    if sum(path.stat().st_size for path in directory.iterdir() if _HASH.fullmatch(path.name)) > limit:
+    if places.waiting(directory) > limit:
         raise too_large(f"more than {limit} bytes wait for their shard")
     temporary = directory / secrets.token_hex(8)
     try:
@@ -70,26 +67,16 @@ def shard(hub: Hub, call: Call) -> Response:
     """POST /cas/{place}/v1/shards: rebuild its files; the xorbs may go, soon."""
     directory, user = _place(hub, call)
     try:
-        files = list(xorbs.read_shard(call.body(xorbs.MAX_SHARD)))
-        for file in files:
+        for file in xorbs.read_shard(call.body(xorbs.MAX_SHARD)):
             expected = None if file.sha256 is None else Digest("sha256", file.sha256)
-            limit = hub.settings.max_file
-            digest, size = hub.blobs.put(_rebuilt(directory, file, limit), expected)
+            with _Rebuilt(hub, directory, file) as rebuilt:
+                digest, size = hub.blobs.put(rebuilt.pieces(hub.settings.max_file), expected)
+                rebuilt.remember(digest)
             hub.staged.add(user, digest, size)
     except (FormatError, StoreError) as error:
-        raise bad_request(f"a file of this shard cannot be rebuilt: {error}") from error
-    (directory / _DONE).touch()
+        places.give_up(hub.scratch, call.segments["place"])  # or the client would believe for good that it is here
+        raise bad_request(f"a file of this shard cannot be rebuilt, push again: {error}") from error
     return JSONResponse({"result": 1})
-
-
-def clean(hub: Hub) -> None:
-    """Take away xorbs whose files were rebuilt ten minutes ago, and what uploads that never ended have left."""
-    now = time.time()
-    for directory in hub.scratch.iterdir():
-        with suppress(FileNotFoundError):
-            age = now - directory.stat().st_mtime
-            if age > 2 * LIFETIME or (age > REBUILT and (directory / _DONE).exists()):
-                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _place(hub: Hub, call: Call) -> tuple[Path, str]:
@@ -104,8 +91,9 @@ def _place(hub: Hub, call: Call) -> tuple[Path, str]:
     claims = hub.signer.read("cas", ticket)
     if claims["place"] != call.segments["place"]:
         raise RefusedError(403, "this token is for another place", "Forbidden")
-    directory = hub.scratch / f"cas-{claims['place']}"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    directory = places.directory_of(hub.scratch, str(claims["place"]))
+    if not directory.is_dir():
+        raise RefusedError(403, "this place was given up: push again", "Forbidden")
     return directory, str(claims["user"])
 
 
@@ -130,10 +118,12 @@ class _Xorb:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def lengths(self) -> list[int]:
+        """The lengths of its chunks."""
+        return [chunk.size for chunk in self.chunks]
+
     def run(self, term: xorbs.Term) -> Iterator[bytes]:
         """Yield the bytes of a run of chunks."""
-        if term.end > len(self.chunks):
-            raise FormatError(f"a term of the chunks {term.begin} to {term.end} of {len(self.chunks)}")
         for chunk in self.chunks[term.begin : term.end]:
             yield xorbs.unpack(chunk, self._read(chunk.begin, chunk.packed))
 
@@ -141,23 +131,71 @@ class _Xorb:
         return os.pread(self._file.fileno(), length, begin)
 
 
-def _rebuilt(directory: Path, file: xorbs.FileInfo, limit: int) -> Iterator[bytes]:
-    """Yield a file in pieces of a megabyte: what stores them starts a thread's work for each."""
-    kept, size = bytearray(), 0
-    with ExitStack() as stack:
-        opened: dict[str, _Xorb] = {}
-        for term in file.terms:
-            if term.xorb not in opened:
-                if len(opened) >= 8:
-                    opened.pop(next(iter(opened))).__exit__()
-                opened[term.xorb] = stack.enter_context(_Xorb(directory / term.xorb))
-            for data in opened[term.xorb].run(term):
+class _Rebuilt:
+    """A file from the chunks that a shard names; remembers where each came to lie."""
+
+    def __init__(self, hub: Hub, directory: Path, file: xorbs.FileInfo) -> None:
+        self._hub, self._directory, self._file = hub, directory, file
+        self._open: dict[str, _Xorb] = {}
+        self._lengths: dict[str, list[int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for xorb in self._open.values():
+            xorb.__exit__()
+
+    def pieces(self, limit: int) -> Iterator[bytes]:
+        """Yield it in pieces of a megabyte or more: what stores them starts a thread's work for each."""
+        kept, size = bytearray(), 0
+        for term in self._file.terms:
+            for data in self._run(term):
                 kept += data
+                size += len(data)
+                if size > limit:
+                    raise too_large(f"a file of more than {limit} bytes")
                 if len(kept) >= 1024 * 1024:
-                    size += len(kept)
-                    if size > limit:
-                        raise too_large(f"a file of more than {limit} bytes")
                     yield bytes(kept)
                     kept.clear()
-    if kept:
-        yield bytes(kept)
+        if kept:
+            yield bytes(kept)
+
+    def remember(self, digest: Digest) -> None:
+        """Keep where the chunks of its xorbs lie in it."""
+        position, runs = 0, dict[str, list[places.Run]]()
+        for term in self._file.terms:
+            runs.setdefault(term.xorb, []).append(places.Run(term.begin, term.end, digest, position))
+            position += sum(self._lengths[term.xorb][term.begin : term.end])
+        for xorb, found in runs.items():
+            places.remember(self._directory, xorb, self._lengths[xorb], found)
+
+    def _run(self, term: xorbs.Term) -> Iterator[Buffer]:
+        if (self._directory / term.xorb).exists():
+            xorb = self._opened(term.xorb)
+            self._check(term, xorb.lengths())
+            return xorb.run(term)
+        return self._stored(term)
+
+    def _stored(self, term: xorbs.Term) -> Iterator[Buffer]:
+        recipe = places.recipe_of(self._directory, term.xorb)
+        if recipe is None:
+            raise FormatError(f"the xorb {term.xorb} has not come")
+        self._check(term, recipe.lengths)
+        ranges = list(recipe.find(term.begin, term.end))
+        if sum(end - begin for _, begin, end in ranges) != sum(recipe.lengths[term.begin : term.end]):
+            raise FormatError(f"the xorb {term.xorb} is known in parts only")
+        for digest, begin, end in ranges:
+            yield from self._hub.blobs.read(digest, begin, end)
+
+    def _check(self, term: xorbs.Term, lengths: Sequence[int]) -> None:
+        if term.end > len(lengths):
+            raise FormatError(f"a term of the chunks {term.begin} to {term.end} of {len(lengths)}")
+        self._lengths[term.xorb] = list(lengths)
+
+    def _opened(self, name: str) -> _Xorb:
+        if name not in self._open:
+            if len(self._open) >= 8:
+                self._open.pop(next(iter(self._open))).__exit__()
+            self._open[name] = _Xorb(self._directory / name)
+        return self._open[name]

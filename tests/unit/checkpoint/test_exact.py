@@ -43,7 +43,7 @@ def expected(p, b, a, dtype):
 
 
 def computed(p, b, a, dtype):
-    product = exact.Product(exact.Left(b), exact.Columns(a), exact.column_norm(b.T))
+    product = exact.Product(exact.Left.of(b), exact.Columns(a), exact.column_norm(b.T))
     return exact.rounded_sum(p, product, dtype, Workspace()).values.to(torch.float64)
 
 

@@ -20,7 +20,7 @@ def numba():
 
 def product_of(b, a):
     b, a = b.double(), a.double()
-    return Product(Left(b), Columns(a), column_norm(b.T))
+    return Product(Left.of(b), Columns(a), column_norm(b.T))
 
 
 def slowly(monkeypatch, p, product, *, back):
@@ -64,6 +64,23 @@ def test_equal_to_the_loop_and_the_way_back_ends_at_the_base(kind, size, rank, m
         assert (mine == other).all()
     guess = rounded_sum(ours.values.clone(), product.negated(), BF16, Workspace()).values
     assert (bits_of(corrected(guess, ours.back)) == bits_of(p)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize("n", [4, 60, 64, 132, 1364, 4096, 4164, 8200])
+def test_every_shape_of_rows_columns_and_tiles(rows, n, monkeypatch):
+    generator = torch.Generator().manual_seed(n + rows)
+    p = bases(rows, n, generator)["normal"].to(BF16)
+    # norms that differ from row to row and column to column: an error's bound taken from another one would show
+    b = torch.randn(rows, 5, generator=generator) * torch.logspace(-6, -1, rows)[:, None]
+    a = torch.randn(5, n, generator=generator) * torch.logspace(-4, 0, n)
+    product = product_of(b, a)
+    ours, theirs = rounded_sum(p, product, BF16, Workspace(), back=True), slowly(monkeypatch, p, product, back=True)
+    assert (bits_of(ours.values) == bits_of(theirs.values)).all()
+    assert all((mine == other).all() for mine, other in zip(ours.back, theirs.back, strict=True))
+    plain = rounded_sum(p, product, BF16, Workspace())
+    assert (bits_of(plain.values) == bits_of(theirs.values)).all()
+    assert plain.top == ours.top == theirs.top
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-126, 2.0**100])

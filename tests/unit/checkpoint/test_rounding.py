@@ -21,7 +21,7 @@ short = pytest.mark.parametrize("dtype", SHORT, ids=list(NAMES)[:3])
 
 
 def product_of(b, a):
-    return Product(Left(b), Columns(a), column_norm(b.T))
+    return Product(Left.of(b), Columns(a), column_norm(b.T))
 
 
 def merged(p, b, a, dtype):

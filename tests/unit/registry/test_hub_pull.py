@@ -3,9 +3,11 @@
 import contextlib
 import json
 import socket
+import struct
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,7 +116,7 @@ def test_to_a_directory(hub, files, run, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
-CUTS = ["at once", "headers", "no body", "8 bytes", "the header", "half", "the last byte"]
+CUTS = ["at once", "a reset", "headers", "no body", "8 bytes", "the header", "half", "the last byte"]
 
 
 def cut(where: str):
@@ -131,7 +133,9 @@ def cut(where: str):
             "the last byte": len(data) - 1,
         }
         start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
-        if where == "headers":
+        if where == "a reset":
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif where == "headers":
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Len")
         elif where != "at once":
             part = f"HTTP/1.1 206 OK\r\nContent-Range: bytes {start}-{len(data) - 1}/{len(data)}\r\n"
@@ -242,6 +246,144 @@ def test_after_a_break_other_bytes_do_not_count_as_the_rest(hub, big, run):
     hub.spoil(RESOLVE + WEIGHTS, once(cut("half")))
     hub.spoil(RESOLVE + WEIGHTS, body(lambda data: data))  # a 200 where a 206 was asked for
     assert "cannot go on" in refused(run)
+
+
+def test_after_a_break_another_part_does_not_count_as_the_rest(hub, big, run):
+    """The rest of another file, of another length, or from another byte on."""
+    hub.add("me/french", big)
+    size = len(big[WEIGHTS])
+    for part in (
+        f"bytes 5-{size - 1}/{size}",
+        f"bytes 0-{size - 1}/{size}",
+        "bytes */*",
+        "",
+        f"bytes 9-{size}/{size + 1}",
+    ):
+        hub._spoilers.clear()
+        hub.spoil(RESOLVE + WEIGHTS, once(cut("half")))
+        hub.spoil(RESOLVE + WEIGHTS, body(lambda data: data[len(data) // 2 :], 206, **{"Content-Range": part}))
+        assert "cannot go on" in refused(run), part
+
+
+def test_after_a_break_the_rest_of_another_version_is_refused(hub, big, run):
+    repo = hub.add("me/french", big)
+    hub.spoil(RESOLVE + WEIGHTS, once(cut("half")))
+    hub.spoil(RESOLVE + WEIGHTS, lambda _: (repo.head.update({WEIGHTS: flipped(big[WEIGHTS])}), False)[1])
+    assert "the bytes that came are" in refused(run)
+
+
+def test_a_file_that_is_listed_and_not_there(hub, big, run):
+    hub.add("me/french", big)
+    hub.spoil(RESOLVE + WEIGHTS, lambda handler: handler.refuse(404, "EntryNotFound"))
+    assert "no such file" in refused(run, code=3, kind="not_found")
+
+
+def slowly(*pieces):
+    def spoiler(handler):
+        with contextlib.suppress(OSError):
+            for piece in pieces:
+                handler.wfile.write(piece)
+                handler.wfile.flush()
+                time.sleep(0.01)
+        handler.close_connection = True
+
+    return spoiler
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"HTTP/1.1 200 OK\r\n", *[b"X"] * 50],
+        [*[b"HTTP/1.1 100 Continue\r\n\r\n"] * 50],
+        [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", *[b"0"] * 50],
+    ],
+    ids=["headers", "continue", "chunks"],
+)
+@pytest.mark.parametrize("what", ["revision", "resolve"])
+def test_a_hub_that_trickles_before_a_body(hub, big, run, monkeypatch, pieces, what):
+    monkeypatch.setattr(http, "GRACE", 0.05)
+    monkeypatch.setattr(http, "LEAST_RATE", 10**9)
+    hub.add("me/french", big)
+    hub.spoil(f"GET .*/{what}", slowly(*pieces))
+    assert "gave up" in refused(run)
+
+
+@pytest.mark.parametrize(
+    ("asked", "waited"),
+    [
+        ("2", 2),
+        ("999999999", 20),
+        ("-5", 0.1),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 0.1),
+        ("nan", 0.1),
+        ("", 0.1),
+        ("٣", 0.1),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_how_long_a_hub_may_make_one_wait(hub, files, run, monkeypatch, asked, waited, status):
+    slept = []
+    monkeypatch.setattr(http, "PAUSES", (0.1,) * 3)
+    monkeypatch.setattr(http, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic))
+    hub.add("me/french", files)
+    headers = {"Retry-After": asked.encode().decode("latin-1")}
+    hub.spoil("GET /api/models/me/french/revision", lambda handler: handler.reply(status, headers=headers))
+    assert f"status {status}" in refused(run)
+    assert slept == [waited] * 3
+
+
+PRIVATE = ["127.0.0.1", "localhost", "169.254.169.254", "10.0.0.7", "192.168.1.1", "0x7f000001", "2130706433", "[::1]",
+           "[fe80::1]", "[::ffff:169.254.169.254]", "0.0.0.0", "inside.example"]  # noqa: S104  # fmt: skip
+
+
+@pytest.mark.parametrize("host", [*PRIVATE, "93.184.216.34", "blobs.example"])
+def test_a_hub_outside_leads_nobody_inside(host, monkeypatch):
+    names = {"hub.example": "93.184.216.34", "blobs.example": "93.184.216.35", "inside.example": "10.0.0.8"}
+    found = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, *rest: found(names.get(name, name), *rest))
+    client, target = http.Client("https://hub.example", TOKEN), f"https://{host}/latest/meta-data"
+    if host in PRIVATE:
+        with pytest.raises(RemoteError, match="of this machine or network"):
+            client._next("https://hub.example/x", target)
+    else:
+        assert client._next("https://hub.example/x", target) == target
+    assert http.Client("https://inside.example", TOKEN)._next("https://inside.example/x", target) == target
+
+
+def test_cookies_links_and_realms_are_nothing_to_it(hub, big, run):
+    """A hub sets a cookie, names a next page elsewhere, and asks for a password: nobody comes."""
+    hub.add("me/french", big)
+    cookies = []
+    with running_hub() as other:
+
+        def adorn(handler):
+            cookies.append(handler.headers.get("Cookie"))
+            end = handler.end_headers
+
+            def with_more():
+                handler.send_header("Set-Cookie", "id=1; Path=/")
+                handler.send_header("Link", f'<{other.url}/next>; rel="next"')
+                handler.send_header("WWW-Authenticate", f'Bearer realm="{other.url}/token"')
+                end()
+
+            handler.end_headers = with_more
+            return False
+
+        hub.spoil(".", adorn)
+        assert run("pull", "hf://me/french").code == 0
+        assert run("search", "french", "--on", "hf://").code == 0
+        hub.spoil("revision", lambda handler: handler.reply(401))
+        assert run("pull", "hf://me/french").code == 5
+        assert (set(cookies), other.requests) == ({None}, [])
+
+
+def test_what_a_hub_says_is_shown_harmless(hub, files, run):
+    hub.add("me/french", files)
+    hub.spoil("revision", lambda handler: handler.refuse(403, "x", "\x1b[31m\x07" + "a" * 5000 + "\x9b2J"))
+    ran = run("pull", "hf://me/french")
+    assert (ran.code, ran.err.count("\n")) == (5, 1)
+    assert not [c for c in ran.err[:-1] if not c.isprintable()]
+    assert len(ran.err) < 1000
 
 
 def test_a_hub_that_stalls(hub, big, run, monkeypatch):

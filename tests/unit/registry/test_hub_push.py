@@ -1,5 +1,6 @@
 """Pushes to a hub: one commit, compared, then the tag; only what is missing goes over the wire."""
 
+import io
 import json
 from pathlib import Path
 
@@ -145,6 +146,38 @@ def test_a_push_that_was_cut_sends_only_the_rest(hub, tmp_path, run):
     hub._spoilers.clear()
     assert run("--json", "push", "french:v2", "--to", REPO).json["sent"] == 0
     assert set(hub.repos["me/french"].tags) == {"v1", "v2"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_push_that_breaks_off_at_any_request_is_run_again(when, hub, adapter, run, monkeypatch):
+    """The connection ends before the hub does what was asked, or before it can say that it did."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    requests = 0
+    for number in range(100):
+        hub.repos.clear()
+        hub.lfs.clear()
+        hub.requests.clear()
+        hub._spoilers.clear()
+
+        def break_off(handler, at=number):
+            if len(hub.requests) != at + 1:
+                return False
+            handler.close_connection = True
+            handler.wfile = io.BytesIO()
+            return when == "before"
+
+        hub.spoil(".", break_off)
+        ran = run("push", "french:v1", "--to", REPO)
+        requests = len(hub.requests)
+        if requests <= number:
+            break
+        hub._spoilers.clear()
+        assert ran.code in (0, 5), ran
+        assert run("push", "french:v1", "--to", REPO).code == 0, number
+        repo = hub.repos["me/french"]
+        assert (set(repo.head), commits(hub)) == (OURS | {".gitattributes"}, 2), number
+        assert repo.tags == {"v1": repo.branches["main"]}
+    assert requests > 8
 
 
 def test_an_upload_that_is_refused(hub, adapter, run):

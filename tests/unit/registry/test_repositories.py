@@ -17,6 +17,7 @@ from loraforge_registry.repositories import (
     RepositoryRecord,
     encode_commit,
     encode_repository,
+    outline,
     repository_name,
 )
 
@@ -84,6 +85,14 @@ def test_a_repository_comes_back(names, private):
 def test_bad_bytes_are_only_refused(data):
     with pytest.raises(ManifestError):
         decode_record(data)
+
+
+def test_an_outline_is_what_a_whole_reading_says():
+    first = commit()
+    second = replace(first, parent=Digest.of(encode_commit(first)), parent_id=first.id)
+    for made in (first, second):
+        assert outline(encode_commit(made)) == (made.id, made.parent)
+    assert outline(encode_repository(RepositoryRecord("me/x", 0))) is None
 
 
 def test_a_file_is_no_directory():

@@ -1,6 +1,7 @@
 """A tree's weights are one rounding of the path's sum, on disk and in a live model; every change says what it does."""
 
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraforge as lf
-from loraforge.errors import CompositionError, ConflictError, ManifestError, NotFoundError, NumericalError
+from loraforge.errors import CompositionError, ConflictError, ManifestError, NotFoundError, NumericalError, StoreError
 from loraforge.tree import Tree, reshape
 from loraforge_registry.errors import ReferenceSyntaxError
 from tests.checkpoints import a_base, adapter_for, normal
@@ -177,6 +178,52 @@ def test_a_cache_of_few_bytes_gives_the_same_weights(tree, tmp_path):
             live.checkout(path)
             same(held(model), merged(tree, path, tmp_path / path.replace("/", "-")))
     assert tree.cache.nbytes < 20_000
+
+
+def test_children_are_opened_ahead_and_stop_with_the_checkout(tree):
+    tree.cache.clear()
+    model, nodes = Model(a_base()), tree.record.nodes
+    with tree.live(model) as live:
+        live.checkout("french")
+        tree.cache.settle()
+        assert nodes["french/law"] in tree.cache
+        assert nodes["french/medicine"] in tree.cache
+        assert nodes["french/law/contract"] not in tree.cache
+        live.checkout("")
+        tree.cache.settle()
+        assert nodes["german"] in tree.cache
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("loraforge-prefetch")] == []
+    tree.cache.clear()
+    assert tree.cache.nbytes == 0
+
+
+def test_what_is_opened_ahead_takes_nobodys_room(tree):
+    tree.cache.clear()
+    for path in ("german", "french"):
+        tree.cache.open(tree.record.nodes[path])
+    tree.cache.budget = tree.cache.nbytes
+    tree.cache.prefetch(tree.record.nodes[path] for path in ("french/law", "french/medicine"))
+    tree.cache.settle()
+    assert tree.cache.nbytes <= tree.cache.budget
+    assert all(tree.record.nodes[path] in tree.cache for path in ("french", "german"))
+    tree.cache.stop()
+
+
+def test_a_damaged_child_is_said_when_it_is_asked_for(tree):
+    tree.cache.clear()
+    law = tree.node("french/law").manifest.file("adapter_model.safetensors")
+    blob = tree.registry.store.path / "blobs" / "sha256" / law.digest.hex[:2] / law.digest.hex
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o600)
+    blob.write_bytes(data)
+    model = Model(a_base())
+    with tree.live(model) as live:
+        live.checkout("french")
+        tree.cache.settle()
+        with pytest.raises(StoreError, match="damaged"):
+            live.checkout("french/law")
+    same(held(model), a_base())
 
 
 def test_a_thousand_checkouts_over_fifty_nodes_end_where_they_began(registry, base, tmp_path):
