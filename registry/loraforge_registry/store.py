@@ -1,34 +1,28 @@
 """The face of the registry: artifacts in, artifacts out, by digest and by name."""
 
-import getpass
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from loraforge_registry import bundle, index, names, objects, refs
+from loraforge_registry import bundle, index, listing, naming, objects, refs
 from loraforge_registry.canonical import Value
 from loraforge_registry.check import Report, check
-from loraforge_registry.collect import Collection, collect, named
-from loraforge_registry.config import MAX_BYTES, parse_config
+from loraforge_registry.collect import Collection, collect
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import (
     ConflictError,
-    LoraforgeError,
     ManifestError,
     NotFoundError,
-    ReferenceSyntaxError,
-    StoreError,
 )
 from loraforge_registry.export import export, export_tree
 from loraforge_registry.files import Files
 from loraforge_registry.index import Summary
 from loraforge_registry.ingest import Incoming, ingest, open_source
-from loraforge_registry.layout import Layout, read_layout
+from loraforge_registry.layout import Layout
+from loraforge_registry.listing import Named, Usage
 from loraforge_registry.manifest import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     Artifact,
     Derivation,
@@ -42,31 +36,11 @@ from loraforge_registry.paths import AnyPath, default_store, expand
 from loraforge_registry.records import Record, Records, has
 from loraforge_registry.refs import Move
 from loraforge_registry.repair import repair
-from loraforge_registry.repositories import RepositoryRecord
 from loraforge_registry.sessions import Session, open_session, reading
-from loraforge_registry.shown import repository_at, shown
 from loraforge_registry.system import Buffer
 from loraforge_registry.trees import TreeRecord, encode_tree, only_path, untruths
 
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """One line of ``ls``: a ref, and what it points at; ``problem`` where that cannot be read."""
-
-    ref: RefName
-    digest: Digest | None
-    summary: Summary | None
-    problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Bytes of a store: what the names add up to, what lies on disk, what no name or lineage needs."""
-
-    artifacts: int
-    logical: int
-    physical: int
-    reclaimable: int
+__all__ = ["Named", "Store", "Usage"]
 
 
 class Store:
@@ -128,8 +102,8 @@ class Store:
             artifact = ingest(files, session, incoming, derivation=derivation, report=report, expected=expected)
             if name is not None:
                 what = "push" if derivation is None else derivation.operation
-                self._move(session, artifact.digest, name, force=force, what=what)
-            index.write_summaries(files.root, {artifact.digest: self._summarise(artifact.digest)})
+                naming.move(files, session, artifact.digest, name, force=force, what=what)
+            listing.keep_summary(files, artifact.digest)
         return artifact
 
     def put_again(
@@ -166,8 +140,8 @@ class Store:
                 raise ManifestError(untrue)
             digest, _ = objects.put(files, session, objects.MANIFESTS, [encode_tree(tree)])
             if digest != expected:
-                refs.move_ref(files, session, name, expected=expected, new=digest, who=_who(), what=what)
-            index.write_summaries(files.root, {digest: self._summarise(digest)})
+                refs.move_ref(files, session, name, expected=expected, new=digest, who=naming.who(), what=what)
+            listing.keep_summary(files, digest)
         return digest
 
     def tag(self, digest: Digest, name: RefName, *, force: bool = False, what: str = "tag") -> None:
@@ -177,11 +151,11 @@ class Store:
             ConflictError: the tag means another artifact.
             NotFoundError: the artifact is not there.
         """
-        self._writable()
+        files = self._writable()
         with self.session() as session:
             session.pin(digest)
             self._make_durable(digest)
-            self._move(session, digest, name, force=force, what=what)
+            naming.move(files, session, digest, name, force=force, what=what)
 
     def _make_durable(self, digest: Digest) -> None:
         """Make a record that is pinned last, behind all that it needs: its writer may not have got so far."""
@@ -194,39 +168,19 @@ class Store:
                 objects.make_durable(files, objects.BLOBS, blob)
         objects.make_durable(files, objects.MANIFESTS, digest)
 
-    def _move(self, session: Session, digest: Digest, name: RefName, *, force: bool, what: str) -> None:
-        """Point a ref at what is complete, durable and pinned."""
-        files = self._writable()
-        if self._repository(name.name) is not None:
-            raise ConflictError(
-                f"{name.name} is a repository that a server keeps: push to it there, or choose another name"
-            )
-        moves_freely = force or name.tag == names.DEFAULT_TAG
-        while True:
-            old = refs.read_ref(files, name)
-            if old == digest:
-                return None
-            if old is not None and not moves_freely:
-                raise ConflictError(
-                    f"{name} is {old} already; this is {digest}: choose another tag, or move it with --force"
-                )
-            try:
-                return refs.move_ref(files, session, name, expected=old, new=digest, who=_who(), what=what)
-            except ConflictError:
-                continue  # somebody was faster: look again
-
     def remove(self, name: RefName) -> Digest:
         """Remove a ref and return what it pointed at; the bytes stay until they are collected.
 
         Raises:
             NotFoundError: there is no such ref.
         """
-        files = self._writable() if self._files is not None else None
-        old = None if files is None else refs.read_ref(files, name)
-        if files is None or old is None:
-            raise NotFoundError(f"there is no {name} in {self.path}{self._nearby(name)}")
+        if self._files is None:
+            raise NotFoundError(f"there is no {name} in {self.path}")
+        old = refs.read_ref(self._files, name)
+        if old is None:
+            raise naming.missing(self._files, name)
         with self.session() as session:
-            refs.move_ref(files, session, name, expected=old, new=None, who=_who(), what="rm")
+            refs.move_ref(self._files, session, name, expected=old, new=None, who=naming.who(), what="rm")
         return old
 
     def gc(self, *, dry_run: bool, now: bool = False) -> Collection:
@@ -265,31 +219,14 @@ class Store:
             ReferenceSyntaxError: not a reference, or a prefix of several artifacts.
             NotFoundError: nothing there.
         """
+        if self._files is not None:
+            return naming.resolve(self._files, text)
         reference = Reference.parse(text)
-        if reference.ref is not None:
-            digest = self.lookup(reference.ref)
-            if digest is None:
-                raise NotFoundError(f"there is no {reference.ref} in {self.path}{self._nearby(reference.ref)}")
-            return digest
-        found = self._by_prefix(reference.prefix or "")
-        if reference.name is not None and found not in self._history(reference.name):
-            raise NotFoundError(f"{reference.name} has never been {found}; leave the name out to mean it anyway")
-        return found
+        raise NotFoundError(f"there is no {reference.ref or text} in {self.path}")
 
     def lookup(self, name: RefName) -> Digest | None:
         """Return what a ref points at, or the adapter that a repository shows under that name; else None."""
-        if self._files is None:
-            return None
-        found = refs.read_ref(self._files, name)
-        repository = self._repository(name.name) if found is None or name.tag == names.DEFAULT_TAG else None
-        return found if repository is None else shown(Records(self._files), name.name, repository).get(name.tag)
-
-    def _repository(self, name: str) -> RepositoryRecord | None:
-        """The repository that a server keeps under a name, if one does."""
-        files = self._readable()
-        with suppress(StoreError):  # a damaged ref is said by whoever needs it
-            return repository_at(Records(files), refs.read_ref(files, RefName(name)))
-        return None
+        return None if self._files is None else naming.lookup(self._files, name)
 
     def record(self, digest: Digest) -> Record:
         """Read a record of any kind, checked against its digest.
@@ -323,8 +260,7 @@ class Store:
 
     def layout(self, manifest: Manifest) -> Layout:
         """Which tensor is what, in an artifact of this store."""
-        config = parse_config(self.read_file(manifest.file(CONFIG_FILE), MAX_BYTES))
-        return read_layout(config, [tensor.entry for tensor in manifest.tensors])
+        return listing.layout_of(self._readable(), manifest)
 
     def read_file(self, file: File, limit: int) -> bytes:
         """Read one small file of an artifact, checked against its digest."""
@@ -394,7 +330,7 @@ class Store:
             with self.session() as session:
                 bundle.store_bundle(self._writable(), session, found)
                 for ref, digest in wanted.items():
-                    self._move(session, digest, ref, force=force, what="import")
+                    naming.move(self._writable(), session, digest, ref, force=force, what="import")
         return found.roots, wanted
 
     def ls(self, name: str | None = None) -> list[Named]:
@@ -402,18 +338,7 @@ class Store:
 
         Cost: one small file read a ref, and one query of the index. A row that is missing there is made again.
         """
-        if self._files is None:
-            return []
-        known = index.read_summaries(self.path)
-        new: dict[Digest, Summary] = {}
-        lines = [
-            self._line(one, digest, known, new)
-            for ref, found in refs.list_refs(self._files)
-            if name is None or ref.name == name
-            for one, digest in self._shown(ref, found, known)
-        ]
-        index.write_summaries(self.path, new)
-        return lines
+        return [] if self._files is None else listing.list_named(self._files, name)
 
     def reflog(self, name: str) -> list[Move]:
         """Return the moves of a name's tags, oldest first.
@@ -432,24 +357,7 @@ class Store:
         Raises:
             StoreError, ManifestError: a ref or manifest is damaged, so that nothing can be called reclaimable.
         """
-        if self._files is None:
-            return Usage(0, 0, 0, 0)
-        reachable = Records(self._files).reachable(named(self._files))
-        sizes = {
-            (area, digest): self._files.size(objects.shard(area, digest), digest.hex) or 0
-            for area in (objects.BLOBS, objects.MANIFESTS)
-            for digest in objects.list_digests(self._files, area)
-        }
-        needed = {(objects.MANIFESTS, digest) for digest in reachable}
-        needed |= {(objects.BLOBS, blob) for record in reachable.values() for blob in record.blobs}
-        trash = sum(self._files.size("trash", name) or 0 for name in self._files.names("trash"))
-        physical = sum(sizes.values()) + trash
-        return Usage(
-            artifacts=sum(area == objects.MANIFESTS for area, _ in sizes),
-            logical=sum(record.size for record in reachable.values() if isinstance(record, Manifest)),
-            physical=physical,
-            reclaimable=physical - sum(sizes.get(key, 0) for key in needed),
-        )
+        return Usage(0, 0, 0, 0) if self._files is None else listing.usage(self._files)
 
     def find_content(self, content_id: Digest) -> Digest | None:
         """Return an artifact that computes this, named or not, or None.
@@ -486,77 +394,6 @@ class Store:
         """Keep in the index what a piece of work came to, so that nobody does it twice; the row may be lost."""
         index.write_result(self._writable().root, work, artifact)
 
-    def _shown(
-        self, ref: RefName, found: Digest | StoreError, known: Mapping[Digest, Summary]
-    ) -> Sequence[tuple[RefName, Digest | StoreError]]:
-        """The lines of a ref: itself, or for a repository what it shows."""
-        if isinstance(found, StoreError) or found in known or ref.tag != names.DEFAULT_TAG:
-            return [(ref, found)]
-        records = Records(self._readable())
-        repository = repository_at(records, found)
-        if repository is None:
-            return [(ref, found)]
-        try:
-            return sorted(
-                (RefName(ref.name, tag), digest) for tag, digest in shown(records, ref.name, repository).items()
-            )
-        except (StoreError, NotFoundError, ManifestError) as error:
-            return [(ref, StoreError(str(error)))]
-
-    def _line(
-        self,
-        ref: RefName,
-        found: Digest | StoreError,
-        known: Mapping[Digest, Summary],
-        new: dict[Digest, Summary],
-    ) -> Named:
-        if isinstance(found, StoreError):
-            return Named(ref, None, None, str(found))
-        summary = known.get(found) or new.get(found)
-        if summary is None:
-            try:
-                summary = new[found] = self._summarise(found)
-            except (LoraforgeError, OSError) as error:
-                return Named(ref, found, None, str(error))
-        return Named(ref, found, summary)
-
-    def _summarise(self, digest: Digest) -> Summary:
-        record = self.record(digest)
-        if isinstance(record, TreeRecord):
-            return _of_tree(digest, record, [self._summarise(node) for node in record.nodes.values()])
-        manifest = self.manifest(digest)
-        layout = self.layout(manifest)
-        return Summary(
-            content_id=manifest.content_id,
-            base=manifest.base_name,
-            rank=max(target.rank for target in layout.targets.values()),
-            targets=len(layout.targets),
-            parameters=manifest.parameters,
-            size=manifest.size,
-            operation=manifest.derivation.operation if manifest.derivation else None,
-        )
-
-    def _by_prefix(self, prefix: str) -> Digest:
-        found = [] if self._files is None else list(objects.list_digests(self._files, objects.MANIFESTS, prefix))
-        if not found:
-            raise NotFoundError(f"no artifact in {self.path} begins with sha256:{prefix}")
-        if len(found) > 1:
-            raise ReferenceSyntaxError(f"sha256:{prefix} is the beginning of {len(found)} artifacts; give more digits")
-        return found[0]
-
-    def _history(self, name: str) -> set[Digest | None]:
-        files = self._readable()
-        return {d for move in refs.read_reflog(files, name) for d in (move.old, move.new)}
-
-    def _nearby(self, ref: RefName) -> str:
-        """A way out for a name that was not found: its other tags, or names that look like it."""
-        import difflib  # noqa: PLC0415 - only on the way to an error
-
-        known = [] if self._files is None else [found for found, _ in refs.list_refs(self._files)]
-        near = [str(found) for found in known if found.name == ref.name][:5]
-        near = near or difflib.get_close_matches(str(ref), [str(found) for found in known], 3)
-        return f"; there is {', '.join(near)}" if near else ""
-
     def _readable(self) -> Files:
         if self._files is None:
             raise NotFoundError(f"there is no store at {self.path}")
@@ -567,23 +404,3 @@ class Store:
             make_store(self.path)
             self._files = Files(self.path)
         return self._files
-
-
-def _of_tree(digest: Digest, tree: TreeRecord, nodes: Sequence[Summary]) -> Summary:
-    """One line about a tree: the largest rank, all nodes together."""
-    return Summary(
-        content_id=digest,  # a tree is what its nodes and base are, and its record says just that
-        base=tree.base_name,
-        rank=max((node.rank for node in nodes), default=0),
-        targets=max((node.targets for node in nodes), default=0),
-        parameters=sum(node.parameters for node in nodes),
-        size=sum(node.size for node in nodes),
-        operation=f"tree of {len(nodes)}",
-    )
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return str(os.getuid())

@@ -1,6 +1,7 @@
 """``loraforge pull``: from a remote into the store, and out of the store as a plain directory."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -11,8 +12,10 @@ from loraforge_cli.output import emit, note, one_line, size
 from loraforge_cli.summary import line
 from loraforge_cli.tree_view import is_tree, summary, view
 from loraforge_registry.digest import Digest
+from loraforge_registry.errors import NotFoundError
 from loraforge_registry.names import RefName
 from loraforge_registry.paths import expand
+from loraforge_registry.refs import Move
 from loraforge_registry.store import Store
 
 if TYPE_CHECKING:
@@ -89,6 +92,7 @@ def _from_remote(
         if ref is None:
             raise click.UsageError(f"{url}: under which name? Add --as NAME[:TAG]")
         before, what = store.lookup(ref), f"pull {offer.where}"
+        elsewhere = _elsewhere(store, ref, offer.where)
         notes = []
         if isinstance(offer, OfferedTree):
             part = offer if node is None else offer.along(node)
@@ -96,10 +100,29 @@ def _from_remote(
         else:
             got = receive(store, remote, offer, ref, force=force, lineage=lineage, what=what)
             notes = list(offer.notes)
+    if before not in (None, got.digest):
+        notes += elsewhere
     _say(session, ref, before, got, notes, lineage=lineage)
     missing = [str(parent) for parent in got.missing]
     found = {"remote": offer.where, "received": got.received, "skipped": got.skipped}
     return ref, got.digest, {**found, "missing": missing, "notes": notes}
+
+
+def _elsewhere(store: Store, ref: RefName, where: str) -> list[str]:
+    """Say that what a name means came from another place than this: it may be by other people."""
+    moves: list[Move] = []
+    with suppress(NotFoundError):
+        moves = store.reflog(ref.name)
+    verb, _, before = next((move.what for move in reversed(moves) if move.tag == ref.tag), "").partition(" ")
+    if verb != "pull" or _origin(before) == _origin(where):
+        return []
+    return [f"{ref} came from {one_line(_origin(before))}; this one comes from {one_line(_origin(where))}"]
+
+
+def _origin(where: str) -> str:
+    """A URL without the revision or the name behind it."""
+    scheme, _, rest = where.partition("://")
+    return f"{scheme}://{rest.partition('#')[0].partition('@')[0]}"
 
 
 def _say(

@@ -6,6 +6,7 @@ from loraforge_registry.manifest import encode_manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.store import Store
 from tests.bad_files import tensors, write_adapter
+from tests.crash.store_world import put
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -167,3 +168,19 @@ def test_an_adapter_that_says_what_it_is_from(stores, run):
     assert digests(run, "--store", there) == {"mix": str(here.resolve("mix:v1"))}
     drawn = run("--store", there, "log", "mix:v1").out
     assert str(here.resolve("a:v1"))[:15] in drawn
+
+
+def test_a_name_that_comes_from_elsewhere_now_says_so(tmp_path, run):
+    """A40: names are not protected; what moved is said, and a digest can be asked for instead."""
+    for place, value in (("real", 0.5), ("squatted", 1.5)):
+        store = Store(tmp_path / place)
+        put(store, write_adapter(tmp_path / f"{place}-adapter", weights=tensors(value)), RefName("french"))
+    real, squatted = (f"file://{tmp_path / place}" for place in ("real", "squatted"))
+    mine, digest = tmp_path / "mine", Store(tmp_path / "real").resolve("french")
+    assert run("--store", mine, "pull", f"{real}#french").code == 0
+    assert "came from" not in run("--store", mine, "pull", f"{real}#french").err
+    moved = run("--store", mine, "pull", f"{squatted}#french")
+    assert f"french:latest came from {real}; this one comes from {squatted}" in moved.err
+    assert f"french:latest moved from sha256:{digest.short}" in moved.err
+    asked = run("--store", mine, "pull", f"{squatted}#{digest}", "--as", "french")
+    assert (asked.code, str(digest) in asked.err) == (3, True)
