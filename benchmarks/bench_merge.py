@@ -5,7 +5,8 @@ of TinyLlama (1.1 billion parameters, 2.2 GB): ``merge`` without and with a rece
 ``cp -r`` of the same directory; the peers are PEFT (load, ``merge_and_unload``, ``save_pretrained``) and mergekit.
 
 The rows take turns, each in a fresh process that has imported what it needs and done the same to a model of two layers
-before the clock starts. Everything is in the page cache; the wait for the disk at the end is a column of its own.
+before the clock starts. Everything is in the page cache; the wait for the disk at the end is a column of its own, and
+"x in all" compares what it takes with that wait: until the model, or the copy, is on the disk.
 "x cp" is the median of the ratios to the copy of the same round, "x of min" the ratio of the minima. Memory is the
 process's peak while it ran, from /proc (needs Linux), "libraries" what was resident before; pages of a mapped input
 count, those of the page cache do not.
@@ -462,16 +463,20 @@ def print_table(model: Llama, rows: Mapping[str, Row], receipt: int) -> None:
     """Print times, ratios and memory."""
     title = f"{model.nbytes / 2e9:.2f} B parameters, {model.nbytes / 1e9:.2f} GB"
     print(
-        f"{title:28}{'median s':>9}{'min s':>7}{'x cp':>7}{'x of min':>9}{'fsync s':>9}{'peak MB':>9}{'libraries':>11}"
+        f"{title:28}{'median s':>9}{'min s':>7}{'x cp':>7}{'x of min':>9}{'fsync s':>9}{'x in all':>9}{'peak MB':>9}"
+        f"{'libraries':>11}"
     )
     copies = [cost.seconds for cost in rows["cp -r"].costs]
+    durable = [cost.seconds + cost.fsync for cost in rows["cp -r"].costs]
     for name, row in rows.items():
         seconds = [cost.seconds for cost in row.costs]
         paired = statistics.median(s / copy for s, copy in zip(seconds, copies, strict=True))
         wait = statistics.median(cost.fsync for cost in row.costs)
+        whole = [cost.seconds + cost.fsync for cost in row.costs]
+        total = statistics.median(s / copy for s, copy in zip(whole, durable, strict=True))
         memory = "" if row.kind == "cp" else _memory(row.costs)
         print(f"{name:28}{statistics.median(seconds):9.2f}{min(seconds):7.2f}{paired:7.2f}"
-              f"{min(seconds) / min(copies):9.2f}{wait:9.2f}{memory}")  # fmt: skip
+              f"{min(seconds) / min(copies):9.2f}{wait:9.2f}{total:9.2f}{memory}")  # fmt: skip
     share = receipt / model.touched
     print(f"receipt: {receipt / 1e6:.1f} MB, {share:.2%} of the {model.touched / 1e9:.2f} GB that were touched")
 

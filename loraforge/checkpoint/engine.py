@@ -31,7 +31,7 @@ from loraforge_registry.digest import Digest
 
 BLOCK = 5 << 18  # elements: what a thread holds, and hands to the kernel, at a time
 MEASURED = 2  # blocks of a tensor, evenly spread, in which fidelity is measured
-SAMPLE = 16_384  # elements of such a block, in rows evenly spread
+SAMPLE = 65_536  # elements of such a block, in rows evenly spread: rows differ, so a few would say little
 MAX_WORKERS = 4
 _PIECE = 1 << 20  # bytes
 
