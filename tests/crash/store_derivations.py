@@ -113,6 +113,6 @@ MAKING = (
     Scenario("tree grow", lambda world: lambda: grow(world.root), lambda world: plant(world.root)),
     Scenario("push a tree --to", command("push", "t", "--to", "file://{root}/store", store="backup"),
              lambda world: plant(world.root, "backup"), remote=True),
-    Scenario("pull a tree's URL", command("pull", "file://{root}/backup#t"),
+    Scenario("pull a tree's URL", command("pull", "file://{root}/backup#t", "--with-lineage"),
              lambda world: plant(world.root, "backup"), remote=True),
 )  # fmt: skip

@@ -52,6 +52,8 @@ NO_READERS = {
         "TreeRecord.needs",
         "TreeRecord.lineage",
         "untruths",
+        "only_path",
+        "steps_to",
         "_spell",
         "derivation_as_json",
     },
