@@ -1,5 +1,6 @@
 """``loraforge``: the table of commands, and where an error becomes one line and an exit code."""
 
+import errno
 import json
 import os
 import signal
@@ -140,4 +141,6 @@ def _usage(error: click.ClickException) -> str:
 
 def _text(error: LoraforgeError) -> str:
     """The sentence; an OSError's str() would put its number in front."""
-    return str(error.args[-1]) if error.args else error.kind
+    said = str(error.args[-1]) if error.args else error.kind
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{said}: make room (in a store: loraforge gc --yes --now)" if full else said

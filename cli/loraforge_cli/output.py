@@ -52,6 +52,11 @@ def size(number: int) -> str:
     return f"{_scaled(number)}B" if number >= 1000 else f"{number} B"
 
 
+def many(number: int, what: str) -> str:
+    """Return ``1 file``, ``2 files``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def count(number: int) -> str:
     """Return a number as people say it: 1.2M."""
     return _scaled(number).replace(" ", "") if number >= 1000 else str(number)

@@ -266,6 +266,12 @@ class Files:
         """Open a directory of the store one component at a time, so that no link leads out of it."""
         if path not in self._directories:
             parent, _, name = path.rpartition("/")
-            with naming(self.root / path):
-                self._directories[path] = os.open(name, _DIRECTORY, dir_fd=self._directory(parent))
+            above = self._directory(parent)
+            try:
+                self._directories[path] = os.open(name, _DIRECTORY, dir_fd=above)
+            except FileNotFoundError as error:
+                said = f"{self.root / path} is missing: loraforge fsck --repair makes it again"
+                raise InputOutputError(errno.ENOENT, said) from error
+            except OSError as error:
+                raise named_error(error, self.root / path) from error
         return self._directories[path]

@@ -58,7 +58,9 @@ def check_format(root: Path) -> bool:
         fd = os.open(root / "FORMAT", READ)
     except FileNotFoundError:
         if (root / "blobs").is_dir() and (root / "refs").is_dir() and any((root / "refs").iterdir()):
-            raise StoreError(f"{root} has refs but no FORMAT file; it is damaged, restore FORMAT") from None
+            raise StoreError(
+                f"{root} has refs but no FORMAT file; it is damaged: copy FORMAT from another store"
+            ) from None
         return False
     except NotADirectoryError as error:
         raise StoreError(f"{root} is not a directory") from error

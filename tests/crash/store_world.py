@@ -217,14 +217,14 @@ def closure(root: Path) -> list[str]:
     return found + [f"I3: {p.kind} {p.place}: {p.said}" for p in report.problems if p.is_damage]
 
 
-def _read_all(store: Store, digest: Digest) -> None:
-    """Read every byte of a record, and of the nodes of a tree."""
+def _read_all(store: Store, digest: Digest, *, lineage: bool = True) -> None:
+    """Read every byte of a record, and of the nodes of a tree; what nodes were made from need not come along."""
     record = store.record(digest)
     for node in record.needs:
-        _read_all(store, node)
+        _read_all(store, node, lineage=False)
     for blob, size in record.blobs.items():
         assert len(store.read_file(File("", blob, size), 1 << 20)) == size
-    for parent in record.lineage:
+    for parent in record.lineage if lineage else ():
         store.manifest(parent)
 
 

@@ -3,7 +3,7 @@
 import click
 
 from loraforge_cli.options import SOURCE, Session, common, stored
-from loraforge_cli.output import emit, one_line, size
+from loraforge_cli.output import emit, many, one_line, size
 from loraforge_registry.names import Reference
 
 
@@ -25,4 +25,4 @@ def command(session: Session, *, sources: tuple[str, ...], target: str) -> None:
     if session.as_json:
         emit({"file": target, "size": written, "digests": sorted({str(digest) for digest in found.values()})})
     else:
-        click.echo(f"{one_line(target)}  {size(written)}, {len(set(found.values()))} adapters and their lineage")
+        click.echo(f"{one_line(target)}  {size(written)}, {many(len(set(found.values())), 'adapter')}, with lineage")

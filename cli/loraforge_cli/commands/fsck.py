@@ -6,7 +6,7 @@ from urllib.parse import unquote, urlsplit
 import click
 
 from loraforge_cli.options import Session, common
-from loraforge_cli.output import emit, note, one_line
+from loraforge_cli.output import emit, many, note, one_line
 from loraforge_registry.check import Problem, Report
 
 
@@ -34,6 +34,8 @@ def command(session: Session, *, deep: bool, repairing: bool, url: str | None) -
         emit(_as_json(report, repaired))
     else:
         _show(session, report, repaired)
+        if not report.holds:
+            note(_way_out(repairing=repairing, url=url), quiet=session.quiet)
     if not report.holds:
         raise click.exceptions.Exit(1)
 
@@ -54,8 +56,17 @@ def _show(session: Session, report: Report, repaired: list[str]) -> None:
     for problem in report.problems:
         if not problem.is_damage:
             note(f"{problem.kind}  {problem.place}: {problem.said}", quiet=session.quiet)
-    said = f"{len(damage)} places are damaged" if damage else "whole"
-    click.echo(f"{report.artifacts} artifacts, {report.blobs} files, {report.refs} names: {said}")
+    said = f"{many(len(damage), 'place')} damaged" if damage else "whole"
+    there = (many(report.artifacts, "artifact"), many(report.blobs, "file"), many(report.refs, "name"))
+    click.echo(f"{', '.join(there)}: {said}")
+
+
+def _way_out(*, repairing: bool, url: str | None) -> str:
+    if not repairing:
+        return "loraforge fsck --repair mends what the trash has; with --from file:///DIR also what another store has"
+    if url is None:
+        return "the trash does not have the rest: --from file:///DIR takes it from another store"
+    return f"{url} does not have the rest: take it from another store, or remove the names (loraforge rm)"
 
 
 def _as_json(report: Report, repaired: list[str]) -> dict[str, object]:

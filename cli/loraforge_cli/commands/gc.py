@@ -3,7 +3,7 @@
 import click
 
 from loraforge_cli.options import Session, common
-from loraforge_cli.output import emit, facts, note, size, table
+from loraforge_cli.output import emit, facts, many, note, size, table
 from loraforge_registry.collect import Collection, Garbage
 from loraforge_registry.objects import MANIFESTS
 
@@ -37,7 +37,7 @@ def _show(session: Session, found: Collection, *, dry_run: bool, now: bool) -> N
         if len(found.garbage) > _SHOWN:
             note(f"and {len(found.garbage) - _SHOWN} more: --json has them all")
     artifacts = sum(item.area == MANIFESTS for item in found.garbage)
-    goes = f"{artifacts} artifacts, {len(found.garbage) - artifacts} files, {size(found.size)}"
+    goes = f"{many(artifacts, 'artifact')}, {many(len(found.garbage) - artifacts, 'file')}, {size(found.size)}"
     where = "deleted" if now else "to the trash, until the next gc"
     click.echo(
         facts(
