@@ -2,11 +2,15 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -109,7 +113,7 @@ def test_a_page_says_what_an_adapter_is_and_what_it_has_to_do_with_others(filled
     back = see(get(filled, "/french")[1])
     assert "Used by" in back.text
     assert "/blend" in back.links
-    assert 'PeftModel.from_pretrained(base, "french")' in back.text
+    assert f'snapshot_download("french", endpoint="{filled.url}")' in back.text
     answer, _ = get(filled, next(link for link in back.links if "/resolve/" in link and link.endswith(".json")))
     assert answer.status == 200
     digest = next(word for word in back.text.split() if word.startswith("sha256:"))
@@ -167,8 +171,18 @@ def test_what_is_copied_runs_nothing_of_a_stranger(filled, run, tmp_path):
     run("--store", filled.store, "push", tmp_path / "paste", "paste:v1")
     code = re.search("<pre data-copy>(.*?)</pre>", get(filled, "/paste")[1], re.DOTALL)[1]
     calls = [node for node in ast.walk(ast.parse(unescape(code))) if isinstance(node, ast.Call)]
-    assert [call.func.attr for call in calls] == ["from_pretrained", "from_pretrained"]
+    names = [call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id for call in calls]
+    assert names == ["from_pretrained", "snapshot_download", "from_pretrained"]
     assert calls[0].args[0].value == base
+
+
+def test_what_is_copied_finds_the_adapter_here_and_the_base_where_it_is(filled, tmp_path):
+    code = unescape(re.search("<pre data-copy>(.*?)</pre>", get(filled, "/french")[1], re.DOTALL)[1])
+    kept = [ast.unparse(line) for line in ast.parse(code).body if "snapshot_download" in ast.unparse(line)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", "\n".join([*kept, "print(folder)"])]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert (Path(said.split()[-1]) / "adapter_config.json").is_file()
 
 
 def test_a_card_keeps_the_spaces_and_joiners_of_its_language(filled, run, tmp_path):

@@ -160,10 +160,13 @@ def _loading(found: Repository, manifest: Manifest | None, endpoint: str) -> str
     if manifest is None:
         return ""
     base = json.dumps(manifest.base_name or "BASE", ensure_ascii=False)  # a literal: people paste and run this
+    # only the adapter is here: with HF_ENDPOINT the base would be looked for here, too
     peft = (
-        f"# HF_ENDPOINT={endpoint}\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "from huggingface_hub import snapshot_download\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-        f'model = PeftModel.from_pretrained(base, "{found.id}")'
+        f'folder = snapshot_download("{found.id}", endpoint={json.dumps(endpoint)})\n'
+        "model = PeftModel.from_pretrained(base, folder)"
     )
     shell = copyable(f"HF_ENDPOINT={endpoint} loraforge pull hf://{found.id}") if "/" in found.id else ""
     return f"<h2>Load it</h2>{copyable(peft)}{shell}"
