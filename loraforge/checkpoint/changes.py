@@ -34,12 +34,12 @@ ReadRows: TypeAlias = Callable[[slice], Tensor]
 class Outcome:
     """New values of a block, and what the way back from them misses, where it was asked for.
 
-    ``top``, the bits of the greatest value, is there where it costs nothing.
+    ``finite`` says that they are known to be, where that costs nothing.
     """
 
     values: Tensor
     back: Corrections | None = None
-    top: int | None = None
+    finite: bool = False
 
 
 class Change(Protocol):
@@ -143,7 +143,7 @@ class Sum:
     def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:
         """Return ``RN(W + dW)``."""
         found = rounded_sum(block, self.delta.rows(rows), block.dtype, space, back=back)
-        return Outcome(found.values, found.back, found.top)
+        return Outcome(found.values, found.back, found.finite)
 
     def guess(self, block: Tensor, rows: slice, space: Allocate) -> Tensor:
         """Return ``RN(W' - dW)``."""

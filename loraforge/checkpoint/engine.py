@@ -236,9 +236,7 @@ def check_finite(tensor: TensorAt, block: Tensor, outcome: Outcome, rows: slice)
     """
     values = outcome.values
     kind = FORMATS.get(values.dtype)
-    if kind is None or not values.numel():
-        return
-    if (largest_bits(values) if outcome.top is None else outcome.top) < kind.exponent:
+    if kind is None or not values.numel() or outcome.finite or largest_bits(values) < kind.exponent:
         return
     row, column = (int(i) for i in np.argwhere((bits_of(values) & kind.exponent) == kind.exponent)[0])
     before, after = float(block[row, column]), float(values[row, column])

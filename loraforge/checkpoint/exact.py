@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from loraforge.checkpoint import fused
-from loraforge.checkpoint.floats import FORMATS, Allocate, Array, bits_of, largest, largest_bits, ordered, round_once
+from loraforge.checkpoint.floats import FORMATS, Allocate, Array, bits_of, largest, ordered, round_once
 from loraforge.checkpoint.twofold import dot_at
 
 Corrections: TypeAlias = tuple[Array, Array]
@@ -47,7 +47,9 @@ class Columns:
         """It as (n, R): a column's numbers lie side by side."""
         self.a = torch.from_numpy(self.lines).T
         self.norm = column_norm(self.a)
-        self.norms = _norms(self.a)
+        norms = _norms(self.a)
+        self.norms: Array = np.maximum.reduceat(norms, range(0, len(norms), 64)) if len(norms) else norms
+        """Bounds of the norms of each 64 columns."""
         self._as: dict[torch.dtype, Tensor] = {torch.float64: self.a}
 
     def to(self, wide: torch.dtype) -> Tensor:
@@ -120,15 +122,15 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """``values`` is the result, and ``top`` the bits of the greatest magnitude in it.
+    """``values`` is the result; ``finite`` says that it is known to hold no infinity or NaN.
 
     ``back`` is what to add to ``rounded_sum`` of the values and the negated product to have P again, where that was
     asked for.
     """
 
     values: Tensor
-    top: int
     back: Corrections | None = None
+    finite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +168,13 @@ def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Alloc
     """
     values = allocate("values", dtype, (p.shape[0], p.shape[1]))
     if not p.numel():
-        return Rounded(values, 0, differences(p.to(dtype), values))
+        return Rounded(values, differences(p.to(dtype), values), finite=True)
     if 0 in (product.b_norm, product.right.norm) and p.dtype == dtype:
         values.copy_(p)
-        return Rounded(values, largest_bits(values), differences(p, values))
+        return Rounded(values, differences(p, values))
     if dtype == torch.float64:
         return _rounded_twofold(p, product, values, back=back)
-    if fused.AVAILABLE and {p.dtype, dtype} == {torch.bfloat16} and product.fits_single and p.shape[1] % 4 == 0:
+    if fused.AVAILABLE and {p.dtype, dtype} == {torch.bfloat16} and product.fits_single:
         return _fused_sum(p, product, values, allocate, back=back)
     wide, radius = _interval(p, product, dtype)
     found = [_ends(p[rows], product.of(rows), radius, wide, values[rows], allocate, back=back) for rows in _chunks(p)]
@@ -180,27 +182,26 @@ def rounded_sum(p: Tensor, product: Product, dtype: torch.dtype, allocate: Alloc
     doubtful = np.concatenate([ends.doubtful + start for ends, start in zip(found, starts, strict=True)])
     bits_of(values).reshape(-1)[doubtful] = bits_of(settle(p, product, doubtful, dtype))
     if not back:
-        return Rounded(values, largest_bits(values))
+        return Rounded(values)
     crossed = np.concatenate([ends.crossed + start for ends, start in zip(found, starts, strict=True)])
     # what was computed at a place is within twice the radius of the real number, and what follows rounds in float64
     near = Estimate(np.concatenate([ends.lower for ends in found]) + radius, 4 * radius)
-    return Rounded(values, largest_bits(values), _way_back(p, values, product, crossed, near))
+    return Rounded(values, _way_back(p, values, product, crossed, near))
 
 
 def _fused_sum(p: Tensor, product: Product, values: Tensor, allocate: Allocate, *, back: bool) -> Rounded:
     """Do the same in one pass; what that leaves unproved is settled, and the way back from there found, as ever."""
-    # as ``reach``, element by element
+    # as ``reach``, by rows and 64 columns
     rows = product.left.norms * np.float32(1.05 * product.gamma(2.0**-24, 5))
-    bound = product.right.norms, rows, 1.05 * _lost(product, torch.float32)
+    limit = product.right.norms, rows, 1.05 * _lost(product, torch.float32)
     single = product.left.single, product.right.to(torch.float32).numpy()
     exact = product.left.b, product.right.lines
-    found = fused.one_pass(p, single, bound, values, exact, product.gamma(_UNIT, 2), allocate, back=back)
-    top, corrections, unproved = found.top, (found.places, found.units), found.unproved
+    found = fused.one_pass(p, single, limit, values, exact, product.gamma(_UNIT, 2), allocate, back=back)
+    corrections, unproved = (found.places, found.units), found.unproved
     if len(unproved):
         bits_of(values).reshape(-1)[unproved] = bits_of(settle(p, product, unproved, values.dtype))
-        top = largest_bits(values)
         corrections = _merged(corrections, _way_back(p, values, product, unproved)) if back else corrections
-    return Rounded(values, top, corrections if back else None)
+    return Rounded(values, corrections if back else None, found.finite)
 
 
 def settle(p: Tensor, product: Product, places: Array, dtype: torch.dtype, near: Estimate | None = None) -> Tensor:
@@ -378,6 +379,6 @@ def _rounded_twofold(p: Tensor, product: Product, values: Tensor, *, back: bool)
         b, a = product.left.b[rows].T[:, :, None], product.right.a.numpy()[:, None, :]
         values[rows] = dot_at(p[rows].to(torch.float64).numpy(), b, a, torch.float64)
     if not back:
-        return Rounded(values, largest_bits(values))
+        return Rounded(values)
     guess = _rounded_twofold(values, product.negated(), torch.empty_like(values), back=False).values
-    return Rounded(values, largest_bits(values), differences(p, guess))
+    return Rounded(values, differences(p, guess))

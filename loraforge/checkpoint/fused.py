@@ -15,46 +15,40 @@ from torch import Tensor
 from loraforge.checkpoint.floats import Allocate, Array, bits_of
 
 try:
-    from llvmlite import ir
-    from numba import types
-    from numba.extending import intrinsic
-
-    from loraforge.checkpoint.panels import HEIGHT, compiled, product_of_rows, widest
+    from loraforge.checkpoint.panels import (
+        HEIGHT,
+        LANES,
+        SPAN,
+        bits_of_single,
+        compiled,
+        error_of,
+        lowest,
+        single_of_bits,
+        tile,
+        tile_and_back,
+        widest,
+    )
 except ImportError:  # the extra [fast] is not installed
     AVAILABLE = False
 else:
     AVAILABLE = True
-    U16, U32, I16, I32, F32, F64 = np.uint16, np.uint32, np.int16, np.int32, np.float32, np.float64
-    TILE = 4096  # elements, whose buffers stay in a core's first cache
+    U16, U32, U64, I16, I32, F32, F64 = np.uint16, np.uint32, np.uint64, np.int16, np.int32, np.float32, np.float64
+    TILE = 4096  # elements that are looked at together
     OPEN, UNPROVED = I16(2), I32(1 << 20)
-    UNIT = F32(2.1 * 2.0**-24)  # of the sum's own size: for the last addition, and for that of the bound
-
-    @intrinsic
-    def _bits(_typing, x):  # noqa: ARG001 - this is how numba calls it
-        def generate(_context, builder, _signature, args):
-            return builder.bitcast(args[0], ir.IntType(32))
-
-        return types.uint32(types.float32), generate
-
-    @intrinsic
-    def _float(_typing, x):  # noqa: ARG001
-        def generate(_context, builder, _signature, args):
-            return builder.bitcast(args[0], ir.FloatType())
-
-        return types.float32(types.uint32), generate
+    SAFE = U32(0x7F7F0000)  # the bits of the greatest bfloat16: what is below in magnitude is rounded to a finite one
 
     @compiled
     def _value(bits):
-        return _float(U32(bits) << U32(16))
+        return single_of_bits(U32(bits) << U32(16))
 
     @compiled
     def _nearest_once(x):
         """Round float64 to bfloat16's bits by way of round-to-odd in float32, which makes two roundings one."""
         single = F32(x)
-        bits = _bits(single)
+        bits = bits_of_single(single)
         if F64(single) != x and bits & U32(1) == U32(0) and math.isfinite(single):
             if single == 0:
-                bits = (_bits(F32(math.copysign(1.0, x))) & U32(0x80000000)) | U32(1)
+                bits = (bits_of_single(F32(math.copysign(1.0, x))) & U32(0x80000000)) | U32(1)
             else:
                 bits = bits + U32(1) if (x > F64(single)) == (single > 0) else bits - U32(1)
         even = (bits >> U32(16)) & U32(1)
@@ -71,37 +65,45 @@ else:
         An end that is a tie may go either way here: the real number lies strictly inside.
         """
         y = total + _value(w)
-        error = radius + UNIT * abs(y)
-        high, low = (_bits(y + error) + U32(0x8000)) >> U32(16), (_bits(y - error) + U32(0x8000)) >> U32(16)
-        return y, error, U16(high), U16(low)
+        error = error_of(y, radius)
+        high, low = bits_of_single(y + error) + U32(0x8000), bits_of_single(y - error) + U32(0x8000)
+        return y, error, U16(high >> U32(16)), U16(low >> U32(16))
 
     @compiled
-    def _round_ends(p, sums, columns, row, lost, values, flags):
-        """Round upper ends into ``values``, and flag where the lower ones are others."""
-        widest()
-        for j in range(p.size):
-            _, _, high, low = _interval(p[j], sums[j], columns[j] * row + lost)
-            values[j] = high
-            flags[j] = high ^ low
+    def _round_edge(p, single, values, first, count, begin, n, sums, limit, marks, tops, back):  # noqa: PLR0913, PLR0917
+        """Do what a tile does, for the columns from ``begin`` on, or rows, that fill none."""
+        b, a = single
+        norms, rows, lost = limit
+        for i in range(count):
+            sums[i, begin:] = 0
+            for k in range(a.shape[0]):
+                for j in range(begin, n):
+                    sums[i, j] += b[first + i, k] * a[k, j]
+            for j in range(begin, n):
+                place = (first + i) * n + j
+                y, _, high, low = _interval(p[place], sums[i, j], norms[j // 64] * rows[first + i] + lost)
+                values[place] = high
+                tops[0] = max(tops[0], bits_of_single(abs(y)))
+                below = I16((p[place] & U16(0x7FFF)) - U16(1)) | I16(0x7F)
+                if high != low or (back and I16(high & U16(0x7FFF)) > below):
+                    marks[i, j // 64] |= U64(1) << U64(j % 64)
 
     @compiled
-    def _summary(values, flags):
-        """Return all flags in one, and twice the greatest magnitude's bits."""
-        widest()
-        any_flag, top = U16(0), U16(0)
-        for j in range(values.size):
-            any_flag |= flags[j]
-            twice = U16(values[j] << U16(1))  # a maximum of this is fast code, of the magnitude itself it is not
-            top = max(top, twice)
-        return any_flag, top
-
-    @compiled
-    def _flag_crossings(p, values, flags):
-        """Flag where the way back may miss (``exact._crossings``)."""
-        widest()
-        for j in range(p.size):
-            below = I16((p[j] & U16(0x7FFF)) - U16(1)) | I16(0x7F)
-            flags[j] |= U16(I16(values[j] & U16(0x7FFF)) > below)
+    def _round_rows(p, single, values, first, count, n, sums, limit, marks, tops, back):  # noqa: PLR0913, PLR0917
+        """Round the upper ends of some rows into ``values``; mark where the lower are others, or W may not return."""
+        norms, rows, lost = limit
+        whole = n // SPAN * SPAN if count == HEIGHT else 0
+        limits = np.empty(HEIGHT, F32)
+        marks[:, whole // 64 :] = 0
+        for column in range(0, whole, SPAN):
+            for i in range(HEIGHT):
+                limits[i] = norms[column // 64] * rows[first + i] + lost
+            if back:
+                tile_and_back(sums, single[0], single[1], p, values, limits, marks, tops, first, column)
+            else:
+                tile(sums, single[0], single[1], p, values, limits, marks, tops, first, column)
+        if whole < n:
+            _round_edge(p, single, values, first, count, whole, n, sums, limit, marks, tops, back)
 
     @compiled
     def _sum_at(start, sign, b, a, gamma, j):
@@ -113,20 +115,6 @@ else:
             total += term
             size += abs(term)
         return total, gamma * size + 2.0**-1060
-
-    @compiled
-    def _flagged(flags, words, marks):
-        """Put the places of flags that are set into ``marks``, without a branch: return where there, from and to."""
-        count = 0
-        for q in range(words.size):
-            marks[count] = 4 * q
-            count += words[q] != 0
-        end = count
-        for i in range(count):
-            for j in range(marks[i], marks[i] + 4):
-                marks[end] = j
-                end += flags[j] != 0
-        return count, end
 
     @compiled
     def _steps_back(p, sums, radii, steps):
@@ -193,68 +181,63 @@ else:
         return good, steps, open_
 
     @compiled
-    def _gather(p, sums, bound, marks, some):
-        """Put what is known of marked elements side by side: P, its sum, and how far that may be from the real one."""
-        columns, rows, lost = bound
-        some_p, some_sums, radii = some
-        row, begin = 0, 0
-        for i in range(marks.size):
-            while marks[i] >= begin + columns.size:
-                row, begin = row + 1, begin + columns.size
-            some_p[i], some_sums[i] = p[marks[i]], sums[marks[i]]
-            radii[i] = columns[marks[i] - begin] * rows[row] + lost
+    def _decide_all(some, count, values, exact, gamma, back, room, found):  # noqa: PLR0913, PLR0917
+        """Decide marked elements; put those with a correction, or that are not proved, behind ``found`` others."""
+        marks, some_p, some_sums, radii, steps = some
+        places, units = room
+        _steps_back(some_p[:count], some_sums, radii, steps)
+        for i in range(count):
+            j, step = marks[i], I32(steps[i])
+            if step == OPEN:
+                step = _decide(some_p[i], some_sums[i], radii[i], values, exact[0], exact[1], gamma, back, j)
+            places[found], units[found] = j, 0 if step == UNPROVED else -step
+            found += step != 0
+        return found
 
     @compiled
-    def _pass(p, single, bound, values, exact, gamma, back, scratch, places, units):  # noqa: PLR0913, PLR0917
-        """Round, and decide what is flagged; return what ``Passed`` holds.
+    def _pass(p, single, limit, values, exact, gamma, back, scratch, room):  # noqa: PLR0913, PLR0917
+        """Round, and decide what is marked; return what ``Passed`` holds.
 
-        ``places`` and ``units`` are room for it: a place has its correction, or 0 where nothing was proved.
+        ``room`` is for places and units: a place has its correction, or 0 where nothing was proved.
         """
-        sums, flags, marks, steps, some_p, some_sums, radii = scratch
-        columns, rows, lost = bound
-        found, top, n = 0, U16(0), columns.size
-        products, height, width = sums.reshape(sums.size), max(1, TILE // n), min(n, TILE)
-        for first in range(0, rows.size, HEIGHT):
-            last = min(first + HEIGHT, rows.size)
-            product_of_rows(single[0], single[1], first, last - first, sums, p, values)
-            for row in range(first, last, height):
-                for column in range(0, n, width):
-                    lines, across = min(height, last - row), min(width, n - column)
-                    start, size = row * n + column, lines * across  # either some lines, or part of one
-                    w, new, total = p[start : start + size], values[start : start + size], products[start - first * n :]
-                    of_columns = columns[column : column + across]
-                    for i in range(lines):
-                        j = slice(i * across, (i + 1) * across)
-                        _round_ends(w[j], total[j], of_columns, rows[row + i], lost, new[j], flags[j])
-                    doubtful, highest = _summary(new, flags)
-                    if not back and not doubtful:
-                        top = max(top, highest)
+        sums, marks, some = scratch
+        norms, rows, lost = limit
+        some_marks, some_p, some_sums, radii, _ = some
+        found, count, n = 0, 0, single[1].shape[1]
+        tops = np.zeros(LANES, U32)
+        first, lines = (
+            0,
+            rows.size % HEIGHT or HEIGHT,
+        )  # the first tiles and the second may overlap, so that all are whole
+        while first < rows.size:
+            _round_rows(p, single, values, first, min(HEIGHT, rows.size - first), n, sums, limit, marks, tops, back)
+            for i in range(lines):
+                for w in range(marks.shape[1]):
+                    word = marks[i, w]
+                    if word == 0:
                         continue
-                    if back:
-                        _flag_crossings(w, new, flags)
-                    mark, end = _flagged(flags, flags[:size].view(np.uint64), marks)
-                    here, anew = marks[mark:end], False  # whether the greatest was only a guess
-                    _gather(w, total, (of_columns, rows[row:], lost), here, (some_p, some_sums, radii))
-                    _steps_back(some_p[: here.size], some_sums, radii, steps)
-                    for i in range(here.size):
-                        j, step = start + here[i], I32(steps[i])
-                        if step == OPEN:
-                            guess = values[j]
-                            step = _decide(some_p[i], some_sums[i], radii[i], values, *exact, gamma, back, j)
-                            if values[j] != guess:
-                                top = max(top, U16(values[j] << U16(1)))
-                                anew |= U16(guess << U16(1)) == highest
-                        places[found], units[found] = j, 0 if step == UNPROVED else -step
-                        found += step != 0
-                    top = max(top, _summary(new, flags)[1] if anew else highest)
-        return (top >> U16(1), *_sorted_out(places[:found], units[:found]))
+                    if count > TILE - 64:
+                        found, count = _decide_all(some, count, values, exact, gamma, back, room, found), 0
+                    radius, begin = norms[w] * rows[first + i] + lost, (first + i) * n + 64 * w
+                    while word != 0:
+                        j = lowest(word)
+                        word &= word - U64(1)
+                        some_marks[count], some_p[count], radii[count] = begin + j, p[begin + j], radius
+                        some_sums[count] = sums[i, 64 * w + j]
+                        count += 1
+            first, lines = first + lines, HEIGHT
+        found = _decide_all(some, count, values, exact, gamma, back, room, found)
+        return (tops.max() < SAFE, *_sorted_out(room[0][:found], room[1][:found]))
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What one pass over a chunk found: see ``exact.rounded_sum``; nothing is known of ``unproved`` places."""
+    """What one pass over a block found: see ``exact.rounded_sum``; nothing is known of ``unproved`` places.
 
-    top: int
+    ``finite`` says that all values are; otherwise they may be.
+    """
+
+    finite: bool
     places: Array
     units: Array
     unproved: Array
@@ -263,7 +246,7 @@ class Passed:
 def one_pass(  # noqa: PLR0913 - a kernel's arrays
     p: Tensor,
     single: tuple[Array, Array],
-    bound: tuple[Array, Array, float],
+    limit: tuple[Array, Array, float],
     values: Tensor,
     exact: tuple[Array, Array],
     gamma: float,
@@ -273,11 +256,10 @@ def one_pass(  # noqa: PLR0913 - a kernel's arrays
 ) -> Passed:
     """Round P plus a product of float32 factors into ``values``.
 
-    ``bound`` says how far that product may be from the real one: columns (n,), rows (rows,), and a number; at i, j it
-    is ``rows_i columns_j`` and that number more.
+    ``limit`` says how far that product may be from the real one: for each 64 columns, for each row, and a number; at
+    i, j it is ``rows_i columns_(j // 64)`` and that number more.
 
-    Shapes: p, values (rows, n), n a multiple of four; ``single`` (rows, R) and (R, n), ``exact`` (rows, R) and (n, R),
-        all contiguous.
+    Shapes: p, values (rows, n); ``single`` (rows, R) and (R, n), ``exact`` (rows, R) and (n, R), all contiguous.
     Numerics: float64 sums of R + 1 terms are within ``gamma`` of the sum of their magnitudes.
     """
     shape = (p.shape[0], p.shape[1])
@@ -287,11 +269,7 @@ def one_pass(  # noqa: PLR0913 - a kernel's arrays
         for name, dtype in (("places", torch.int32), ("units", torch.int16))
     )
     sums = allocate("sums", torch.float32, (HEIGHT, shape[1])).numpy()
-    scratch = (
-        sums,
-        np.empty(TILE, U16),
-        np.empty(2 * TILE, np.int32),
-        *(np.empty(TILE, t) for t in (I16, U16, F32, F32)),
-    )
-    limits = (*bound[:2], F32(bound[2]))
-    return Passed(*_pass(old, single, limits, new, exact, gamma, back, scratch, places, units))
+    marks = np.empty((HEIGHT, -(-shape[1] // 64)), U64)
+    some = tuple(np.empty(TILE, t) for t in (np.int64, U16, F32, F32, I16))
+    limits = (*limit[:2], F32(limit[2]))
+    return Passed(*_pass(old, single, limits, new, exact, gamma, back, (sums, marks, some), (places, units)))
