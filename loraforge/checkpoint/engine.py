@@ -201,8 +201,7 @@ class _Pass:
         if measured:
             self.fidelity += _fidelity(change, block, outcome.values, rows)
         if outcome.back is not None:
-            places, units = outcome.back
-            self.record.add(places + rows.start * self.columns, units)
+            self.record.add(rows.start * self.columns, *outcome.back)
         return outcome.values
 
     def _done(self) -> Done:

@@ -169,7 +169,7 @@ else:
         proved = 0
         for i in range(units.size):
             proved += units[i] != 0
-        good, steps, open_ = np.empty(proved, np.int64), np.empty(proved, I16), np.empty(units.size - proved, np.int64)
+        good, steps, open_ = np.empty(proved, I32), np.empty(proved, I16), np.empty(units.size - proved, np.int64)
         i = j = 0
         for place, step in zip(places, units):  # noqa: B905 - numba knows no strict
             if step != 0:

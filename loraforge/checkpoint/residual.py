@@ -32,13 +32,16 @@ class ResidualWriter:
     _differences: list[Array] = field(default_factory=list)
     _last: int = -1
 
-    def add(self, places: Array, differences: Array) -> None:
-        """Take corrections: ascending places in the tensor, all behind those that went before."""
-        if len(places):
-            gaps = np.diff(places, prepend=self._last) - 1
-            self._gaps.append(gaps.astype("<u4" if int(gaps.max()) < 1 << 32 else "<u8"))  # to be short
-            self._differences.append(differences)
-            self._last = int(places[-1])
+    def add(self, begin: int, places: Array, differences: Array) -> None:
+        """Take corrections at ascending places from element ``begin`` on, all behind those that went before."""
+        if not len(places):
+            return
+        before, self._last = self._last, begin + int(places[-1])
+        gaps = np.empty(len(places), "<u4" if self._last - before <= 1 << 32 else "<u8")
+        np.subtract(places[1:], places[:-1] + 1, out=gaps[1:], casting="unsafe")
+        gaps[0] = begin + int(places[0]) - before - 1
+        self._gaps.append(gaps)
+        self._differences.append(differences)
 
     def encode(self) -> bytes:
         """Return the record."""

@@ -29,7 +29,7 @@ def undo_record():
     import numpy as np
 
     writer = ResidualWriter(2)
-    writer.add(np.array([2, 5]), np.array([1, -1], np.int16))
+    writer.add(0, np.array([2, 5]), np.array([1, -1], np.int16))
     return writer.encode()
 
 

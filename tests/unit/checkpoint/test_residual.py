@@ -21,7 +21,8 @@ def kind(itemsize):
 def encoded(itemsize, *blocks):
     writer = ResidualWriter(itemsize)
     for places, differences in blocks:
-        writer.add(np.asarray(places, np.int64), np.asarray(differences, kind(itemsize)))
+        begin = int(places[0]) // 2 if len(places) else 0  # a block begins somewhere before them
+        writer.add(begin, np.asarray(places, np.int64) - begin, np.asarray(differences, kind(itemsize)))
     return writer.encode()
 
 
