@@ -6,6 +6,7 @@ that it is one (docs/adr/0003).
 """
 
 import functools
+import math
 import re
 import time
 import warnings
@@ -16,9 +17,11 @@ from typing import Any, Generic, TypeVar
 from loraforge_registry.errors import ConfigError
 
 MAX_PATTERN = 8192
+MAX_SPELT_OUT = 200_000  # characters with every least repeat spelt out, as regex does when it compiles: some 80 MB
 TIME_LIMIT = 1.0  # seconds for all matches of one config; honest patterns take a thousandth
 ATTENTION = r"(?i)(.*\.)?[^.]*att(n|ention)[^.]*\..*"  # what "attention" means as a target
 
+_REPEAT = re.compile(r"(?<!\\)(?:\\\\)*\{([0-9]+)")
 _PLAIN = re.compile(r"[\w.\-]*")
 # What re and regex read differently, and the way out. A brace can begin a fuzzy match, [: a POSIX class.
 _DIFFERENT = (
@@ -86,6 +89,10 @@ def _compile(pattern: str) -> Any:  # noqa: ANN401 - regex has no types
 
     if len(pattern) > MAX_PATTERN:
         raise ConfigError(f"a pattern of {len(pattern)} characters; the limit is {MAX_PATTERN}")
+    # nested or not: repeats of repeats multiply
+    repeats = math.prod(int(least.lstrip("0")[:9] or 1) for least in _REPEAT.findall(pattern))
+    if len(pattern) * repeats > MAX_SPELT_OUT:
+        raise ConfigError(f"{pattern[:100]!r} repeats too much: it stands for more than {MAX_SPELT_OUT} characters")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # re warns where a later syntax may mean something else

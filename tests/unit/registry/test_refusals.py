@@ -491,6 +491,10 @@ ATTACKS = [
     attack(push, ConfigError, "A18 a pattern that runs away",
            {"settings": config(target_modules="(a|a)*(a|a)*$"), "weights": pair("a" * 40 + "!")},
            f"'(a|a)*(a|a)*$' took too long to match against '{'a' * 40}!'"),
+    *(attack(push, ConfigError, f"A18 a pattern that takes all memory, {pattern}",
+             {"settings": config(target_modules=pattern), "weights": pair("a" * 40)},
+             f"{pattern!r} repeats too much: it stands for more than 200000 characters")
+      for pattern in ("a{999999999}", "(?:(?:a{1000}){1000}){1000}", "[ab]{000000000099999999}", "a{99999999,}")),
     Attack("A23 a case twin", twins, push_directory, FormatError,
            "{home}/bad/Adapter_config.json: rename it to adapter_config.json, or remove it"),
     *(attack(canonical.decode, ManifestError, *row) for row in PACKED),
