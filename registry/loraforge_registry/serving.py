@@ -1,7 +1,7 @@
 """What vLLM does not take (read in the ``lora/peft_helper.py`` of its 0.33), and the command that serves the rest."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from loraforge_registry.config import AdapterConfig
 from loraforge_registry.layout import Layout
@@ -47,14 +47,14 @@ def vllm_flags(config: AdapterConfig, layout: Layout) -> str | None:
     return f"--max-lora-rank {fits}" if rank > _DEFAULT_RANK and fits else None
 
 
-def vllm_command(manifest: Manifest, config: AdapterConfig, layout: Layout, *, name: str, where: str) -> str:
-    """Return the command that serves an adapter, which lies at ``where``, as ``name``.
+def vllm_command(manifest: Manifest, config: AdapterConfig, layout: Layout, *, name: str, where: str) -> Sequence[str]:
+    """Return the command that serves an adapter, which lies at ``where``, as ``name``: in parts, none to be broken.
 
     A base that has no id on a hub is ``BASE``: people paste this into a shell, and strangers name bases.
     """
     flags = vllm_flags(config, layout)
-    options = f"--enable-lora{f' {flags}' if flags else ''} --lora-modules {name}={where}"
-    return f"vllm serve {base_on_hub(manifest) or 'BASE'} {options}"
+    options = ["--enable-lora", *([flags] if flags else []), f"--lora-modules {name}={where}"]
+    return [f"vllm serve {base_on_hub(manifest) or 'BASE'}", *options]
 
 
 def _rank(config: AdapterConfig, layout: Layout) -> int:

@@ -95,8 +95,8 @@ def test_what_is_private_is_as_what_is_not_there(server):
         for token in (None, server.stranger):
             found = at(server, hexed, token)
             assert found.status == 404
-            body = found.body.decode().replace(hexed, "X").replace("<span class=quiet>you</span>", "")
-            answers.append((token, {**found.headers, "x-request-id": ""}, body))
+            body = found.body.decode().replace(hexed, "X")
+            answers.append((token, {**found.headers, "x-request-id": "", "date": ""}, body))
     for token in (None, server.stranger):
         mine_only = [(headers, body) for asked, headers, body in answers if asked == token]
         assert all(len(body) == len(mine_only[0][1]) for _, body in mine_only)

@@ -46,7 +46,10 @@ def server(tmp_path_factory):
 def program(folder, *command, token=None):
     """Run a program as somebody would who has neither a cache nor a login."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORAFORGE_"))}
-    path = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
+    (folder / "bin").mkdir(exist_ok=True)  # vLLM needs a GPU: here it only writes down what it was asked
+    (folder / "bin" / "vllm").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {folder}/vllm-was-asked\n")
+    (folder / "bin" / "vllm").chmod(0o755)
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), inherited["PATH"]])
     environment = {
         **inherited,
         "PATH": path,
@@ -68,10 +71,10 @@ def lines(server, path, token=None):
     return {title.rpartition(" ")[2]: unescape(code) for title, code in found}, part
 
 
-def options(command):
-    """The options of a vLLM command, as its parser takes them."""
-    program, verb, base, *words = shlex.split(command)
-    assert (program, verb) == ("vllm", "serve")
+def options(folder):
+    """The options that vLLM was called with, as its parser takes them."""
+    verb, base, *words = (folder / "vllm-was-asked").read_text().splitlines()
+    assert verb == "serve"
     found = {}
     while words:
         name, count = words[0], VLLM[words[0]]
@@ -91,10 +94,9 @@ def test_the_lines_load_the_adapter(server, run, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(torch.load(tmp_path / "loaded.pt"), torch.load(tmp_path / "logits.pt"))
 
-    fetch, serve = blocks["vLLM"].splitlines()
-    done = program(tmp_path, "sh", "-c", fetch)
+    done = program(tmp_path, "sh", "-c", blocks["vLLM"])
     assert done.returncode == 0, done.stderr[-2000:]
-    base, found = options(serve)
+    base, found = options(tmp_path)
     assert base == "BASE"  # a path on somebody's disk is none for vLLM
     assert found == {"--enable-lora": [], "--max-lora-rank": ["32"], "--lora-modules": ["french=./french"]}
     weights = (tmp_path / "made" / "adapter_model.safetensors").read_bytes()
@@ -114,7 +116,7 @@ def test_the_lines_are_about_the_revision_that_is_shown(server, run, tmp_path):
     assert "v1" not in lines(server, "/me/moved")[1]
     assert "v1" not in lines(server, "/me/moved/tree/main")[1]
     blocks, _ = lines(server, "/me/moved/tree/v1")
-    for number, command in enumerate((blocks["vLLM"].splitlines()[0], blocks["loraforge"])):
+    for number, command in enumerate((blocks["vLLM"], blocks["loraforge"])):
         home = tmp_path / f"home{number}"
         home.mkdir()
         done = program(home, "sh", "-c", command)
@@ -122,10 +124,10 @@ def test_the_lines_are_about_the_revision_that_is_shown(server, run, tmp_path):
         weights = (home / "moved" / "adapter_model.safetensors").read_bytes()
         assert weights == (tmp_path / "v1" / "adapter_model.safetensors").read_bytes()
     assert 'snapshot_download("me/moved", revision="v1", ' in blocks["Python"]
-    assert options(blocks["vLLM"].splitlines()[1])[0] == "acme/base"
+    assert options(tmp_path / "home0")[0] == "acme/base"
     # another spelling of a name is no name for every program: the commit is
     commit = re.search('revision="([0-9a-f]{40})"', lines(server, "/me/moved/tree/refs%2Ftags%2Fv1")[0]["Python"])[1]
-    assert lines(server, f"/me/moved/tree/{commit}")[0]["loraforge"].split()[3] == f"hf://me/moved@{commit}"
+    assert lines(server, f"/me/moved/tree/{commit}")[0]["loraforge"].split()[4] == f"hf://me/moved@{commit}"
 
 
 def test_what_is_private_is_loaded_with_a_token(server, tmp_path):
@@ -134,9 +136,8 @@ def test_what_is_private_is_loaded_with_a_token(server, tmp_path):
     api.upload_folder(repo_id="me/mine", folder_path=write_adapter(tmp_path / "adapter"))
     blocks, said = lines(server, "/me/mine", token=server.token)
     assert "set HF_TOKEN" in said
-    fetch = blocks["vLLM"].splitlines()[0]
-    assert program(tmp_path, "sh", "-c", fetch).returncode != 0
-    done = program(tmp_path, "sh", "-c", fetch, token=server.token)
+    assert program(tmp_path, "sh", "-ec", blocks["vLLM"]).returncode != 0
+    done = program(tmp_path, "sh", "-ec", blocks["vLLM"], token=server.token)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "mine" / "adapter_config.json").exists()
     assert server.token not in said
@@ -146,7 +147,7 @@ def test_a_name_without_an_organisation_is_loaded_too(server, run, tmp_path):
     assert run("--store", server.store, "push", write_adapter(tmp_path / "alone"), "alone:v1").code == 0
     blocks, _ = lines(server, "/alone")
     assert set(blocks) == {"Python", "vLLM"}  # hf:// has an organisation
-    done = program(tmp_path, "sh", "-c", blocks["vLLM"].splitlines()[0])
+    done = program(tmp_path, "sh", "-ec", blocks["vLLM"])
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -182,7 +183,7 @@ def test_a_strangers_base_runs_nothing(server, run, tmp_path):
             == 0
         )
         blocks, _ = lines(server, f"/e{number}")
-        assert options(blocks["vLLM"].splitlines()[1])[0] == "BASE"
+        assert shlex.split(blocks["vLLM"].partition("vllm serve ")[2])[0] == "BASE"
         calls = [node for node in ast.walk(ast.parse(blocks["Python"])) if isinstance(node, ast.Call)]
         assert [ast.unparse(call.func) for call in calls] == [
             "AutoModelForSequenceClassification.from_pretrained",

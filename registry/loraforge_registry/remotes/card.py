@@ -86,7 +86,8 @@ def _loading(repo: str, manifest: Manifest, config: AdapterConfig, layout: Layou
     yield ""
     yield "```console"
     if not any(refused_by_vllm(config, layout)):
-        yield f"$ {vllm_command(manifest, config, layout, name=repo.partition('/')[2], where=repo)}"
+        command = vllm_command(manifest, config, layout, name=repo.partition("/")[2], where=repo)
+        yield f"$ {' '.join(command)}"
     yield f"$ loraforge pull hf://{repo}      # every byte checked against the digest above"
     yield "```"
     yield ""

@@ -50,10 +50,10 @@ def markdown(words: str) -> str:
 
 
 def _said(data: bytes, *, cut: bool) -> str:
-    """The words of a card, without front matter, and whole lines where it is cut."""
+    """The words of a card, without front matter, and whole ones where it is cut."""
     words = data.decode(errors="replace").removeprefix("\ufeff")
-    if cut and "\n" in words:
-        words = words[: words.rindex("\n") + 1]
+    if cut:
+        words = words[: max(words.rfind(" "), words.rfind("\n")) + 1] or words
     said = _FRONT_MATTER.sub("", words, count=1)
     return "" if cut and said == words and words.startswith(("---\n", "---\r\n")) else said
 

@@ -15,6 +15,7 @@ from loraforge_registry.manifest import Manifest
 from loraforge_registry.server.web import copyable, text
 from loraforge_registry.serving import refused_by_vllm, vllm_command
 
+_NEXT_LINE = " \\\n  "  # a shell goes on there
 # transformers' class for each of PEFT's kinds of task
 _CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
@@ -33,6 +34,12 @@ class Source:
     endpoint: str
     revision: str | None = None
     needs_token: bool = False
+
+    @property
+    def short(self) -> str:
+        """The revision for people; empty for the head."""
+        found = self.revision or ""
+        return found[:12] if len(found) == 40 else found
 
 
 def loading(source: Source, manifest: Manifest, read: tuple[AdapterConfig, Layout] | None) -> str:
@@ -68,16 +75,20 @@ def _vllm(source: Source, manifest: Manifest, config: AdapterConfig, layout: Lay
     refused = list(refused_by_vllm(config, layout))
     if refused:
         return f"<p>vLLM will not serve this adapter: {text('; '.join(refused)[:400])}.</p>"
-    revision = f" --revision {source.revision}" if source.revision else ""
+    revision = [f"--revision {source.revision}"] if source.revision else []
     where = f"./{_folder(source)}"
-    fetched = f"HF_ENDPOINT={shlex.quote(source.endpoint)} hf download {source.id}{revision} --local-dir {where}"
-    return copyable(f"{fetched}\n{vllm_command(manifest, config, layout, name=_folder(source), where=where)}")
+    fetched = [_from_here(source), f"hf download {source.id}", *revision, f"--local-dir {where}"]
+    served = vllm_command(manifest, config, layout, name=_folder(source), where=where)
+    return copyable("\n".join(map(_NEXT_LINE.join, (fetched, served))))
 
 
 def _loraforge(source: Source) -> str:
     at = f"@{source.revision}" if source.revision else ""
-    fetched = f"HF_ENDPOINT={shlex.quote(source.endpoint)} loraforge pull hf://{source.id}{at}"
-    return f"{fetched} --to ./{_folder(source)}"
+    return _NEXT_LINE.join([_from_here(source), f"loraforge pull hf://{source.id}{at}", f"--to ./{_folder(source)}"])
+
+
+def _from_here(source: Source) -> str:
+    return f"HF_ENDPOINT={shlex.quote(source.endpoint)}"
 
 
 def _folder(source: Source) -> str:

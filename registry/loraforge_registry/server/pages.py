@@ -54,12 +54,13 @@ def repository(hub: Hub, call: Call) -> Response:
     adapter = revision.commit.adapter
     used_by = [] if manifest is None or adapter is None else around.made_from(adapter)
     names = {} if manifest is None else around.names
-    ways = "" if manifest is None else loading(_source(hub, call, found, revision), manifest, read)
+    source = _source(hub, call, found, revision)
+    ways = "" if manifest is None else loading(source, manifest, read)
     layout = None if read is None else read[1]
     links = _links(around, manifest.derivation) if manifest is not None and manifest.derivation is not None else {}
     alike = [] if manifest is None else around.alike(manifest.content_id)
     shown = sections.Shown(
-        found, revision, manifest, layout, card(hub, found, revision), names, used_by, ways, links, alike
+        found, revision, manifest, layout, card(hub, found, revision), names, used_by, ways, links, alike, source.short
     )
     return page(found.id, sections.repository(shown), Visit(call.path, call.user))
 
@@ -69,11 +70,12 @@ def artifact(hub: Hub, call: Call) -> Response:
     digest = _digest(call.segments["hex"])
     around = Around(hub, call.user)
     found = [] if digest is None else around.places(digest)
-    what = "this artifact"
+    what = "One artifact"
     if digest is not None and not found:
-        found, what = around.places_of_content(digest), "what computes just this"
+        found, what = around.places_of_content(digest), "The same content"
     if digest is None or not found:
-        raise RefusedError(404, "no repository that you may see has this adapter", "NotFound")
+        more = "; if it is private, log in first" if call.user is None else ""
+        raise RefusedError(404, f"no repository that you may see has this adapter{more}", "NotFound")
     if len(found) == 1:
         return RedirectResponse(found[0].href, 302)
     return page(f"{digest.short}", sections.places(digest, found, what), Visit(call.path, call.user))
@@ -132,7 +134,7 @@ def refused(error: RefusedError, headers: Mapping[str, str], path: str, *, anony
     Where people may look without a token, nobody is asked for one but by a link: most of what is missing is not
     private.
     """
-    status, title, said = error.status, "This did not work", [f"{error.message}."]
+    status, title, said = error.status, "This did not work", [f"{error.message[:1].upper()}{error.message[1:]}."]
     if status == 401 and not (anonymous and error.code == "RepoNotFound"):
         headers = {**headers, "WWW-Authenticate": 'Basic realm="loraforge", charset="UTF-8"'}
         title, said = (

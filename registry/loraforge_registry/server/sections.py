@@ -11,7 +11,7 @@ from loraforge_registry.manifest import Artifact, Derivation, Manifest
 from loraforge_registry.server.around import Place
 from loraforge_registry.server.browse import for_base
 from loraforge_registry.server.repos import Repository, Revision
-from loraforge_registry.server.web import bar, copyable, size, table, text
+from loraforge_registry.server.web import bar, copyable, count, size, table, text
 
 MAX_ROWS = 60
 MAX_NAMES = 12
@@ -33,6 +33,7 @@ class Shown:
     loading: str = ""
     links: Mapping[Digest, str] = field(default_factory=dict)  # to pages of what no name means
     alike: Sequence[str] = ()
+    at: str = ""  # the revision, where it is not the head
 
 
 def repository(shown: Shown) -> str:
@@ -42,7 +43,9 @@ def repository(shown: Shown) -> str:
     right = [shown.loading, _lineage(manifest, shown.names, shown.links), _used_by(shown.used_by)]
     right.append(_digests(revision, manifest, shown.alike))
     private = " <span class=quiet>private</span>" if found.record.private else ""
-    head = f"<h1>{text(found.id)}{private}</h1>{_facts(found, revision, manifest, layout)}"
+    at = f" <span class=quiet>at {text(shown.at[:60])}</span>" if shown.at else ""
+    title = f"<h1><a class=title href='/{quote(found.id)}'>{text(found.id)}</a>{private}{at}</h1>"
+    head = f"{title}{_facts(found, revision, manifest, layout)}"
     return f"{head}<div class=split><div>{''.join(left)}</div><div>{''.join(right)}</div></div>"
 
 
@@ -180,7 +183,8 @@ def places(digest: Digest, found: Sequence[Place], what: str) -> str:
         for place in found[:MAX_PLACES]
     )
     more = f"<p class=quiet>and {len(found) - MAX_PLACES} more</p>" if len(found) > MAX_PLACES else ""
-    return f"<h1>Where {what} is</h1><p class=quiet><code>{digest}</code></p><ul class=list>{rows}</ul>{more}"
+    title = f"<h1>{what}, in {count(len(found), 'place', 'places')}</h1>"
+    return f"{title}<p class=quiet><code>{digest}</code></p><ul class=list>{rows}</ul>{more}"
 
 
 def _where(place: Place) -> str:
