@@ -12,7 +12,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.layout import Layout, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, Manifest
-from loraforge_registry.server import describe, repos, sections
+from loraforge_registry.server import describe, repos, sections, spectrum_figure
 from loraforge_registry.server.api import head_of
 from loraforge_registry.server.call import Call
 from loraforge_registry.server.errors import RefusedError, unauthorised
@@ -64,7 +64,8 @@ def repository(hub: Hub, call: Call) -> Response:
     others = _Others(hub, call) if manifest is not None else None
     used_by = [] if others is None or revision.commit.adapter is None else others.made_from(revision.commit.adapter)
     names = {} if others is None else others.names
-    shown = sections.Shown(found, revision, manifest, layout, _card(hub, revision), names, used_by)
+    spectrum = _spectrum(hub, revision, manifest, layout)
+    shown = sections.Shown(found, revision, manifest, layout, _card(hub, revision), names, used_by, spectrum)
     return page(found.id, sections.repository(shown, call.endpoint), Visit(call.path, call.user))
 
 
@@ -126,6 +127,13 @@ def _layout(hub: Hub, manifest: Manifest) -> Layout | None:
         return read_layout(parse_config(data), [tensor.entry for tensor in manifest.tensors])
     except LoraforgeError:
         return None
+
+
+def _spectrum(hub: Hub, revision: Revision, manifest: Manifest | None, layout: Layout | None) -> str:
+    digest = revision.commit.adapter
+    if hub.spectra is None or manifest is None or layout is None or digest is None:
+        return ""
+    return spectrum_figure.section(hub.spectra.ask(digest, manifest, layout))
 
 
 def _card(hub: Hub, revision: Revision) -> str | None:

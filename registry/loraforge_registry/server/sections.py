@@ -10,6 +10,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.layout import Layout
 from loraforge_registry.manifest import Artifact, Derivation, Manifest
 from loraforge_registry.server import describe
+from loraforge_registry.server.kinds import kind_of
 from loraforge_registry.server.repos import Repository, Revision
 from loraforge_registry.server.web import bar, copyable, markdown, table, text
 
@@ -41,12 +42,13 @@ class Shown:
     card: str | None = None
     names: Mapping[Digest, str] = field(default_factory=dict)
     used_by: Sequence[str] = ()
+    spectrum: str = ""
 
 
 def repository(shown: Shown, endpoint: str) -> str:
     """The page of one repository."""
     found, revision, manifest, layout = shown.repository, shown.revision, shown.manifest, shown.layout
-    left = [_card(shown.card), _targets(manifest, layout), _files(found, revision)]
+    left = [_card(shown.card), _targets(manifest, layout), shown.spectrum, _files(found, revision)]
     right = [_loading(found, manifest, endpoint), _lineage(manifest, shown.names), _used_by(shown.used_by)]
     right.append(_digests(revision, manifest))
     private = " <span class=quiet>private</span>" if found.record.private else ""
@@ -112,7 +114,7 @@ def _targets(manifest: Manifest | None, layout: Layout | None) -> str:
         return ""
     kinds: dict[str, list[str]] = {}
     for name in layout.targets:
-        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     errors = _errors(manifest)
     rows = []
     for kind, names in sorted(kinds.items())[:MAX_ROWS]:

@@ -21,7 +21,7 @@ MAX_CARD = 100_000
 # spaces of French and of Chinese; joiners, without which Persian and Hindi are misspelt and emoji fall apart
 _IN_PROSE = "\n\t\u00a0\u2009\u202f\u3000\u200c\u200d"
 
-_KINDS = {"style.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_KINDS = {"style.css": "text/css", "figures.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 STATIC = {name: ((files(__package__) / "static" / name).read_bytes(), kind) for name, kind in _KINDS.items()}
 
 
@@ -48,6 +48,7 @@ def page(title: str, body: str, visit: Visit) -> Response:
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         "<meta name=color-scheme content='light dark'>"
         f"<title>{text(title)}</title><link rel=icon href='/-/icon.svg'><link rel=stylesheet href='/-/style.css'>"
+        "<link rel=stylesheet href='/-/figures.css'>"
         "<script src='/-/page.js' defer></script></head><body>"
         "<header><div class=wide><a class=brand href='/'>loraforge</a>"
         f"<form action='/' role=search><input name=search type=search value='{text(visit.words)}' "
