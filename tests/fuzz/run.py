@@ -19,6 +19,7 @@ COUNTED = {
     "codec": ("canonical",),
     "record": ("manifest", "trees", "fields"),
     "hub": ("remotes.record",),
+    "hub_tree": ("remotes.tree_record", "trees"),
     "ref": ("refs", "names", "digest"),
     "names": ("names", "digest"),
     "strict_json": ("strict_json",),
