@@ -42,7 +42,7 @@ PALE = """
   const behind = (element, at) => {
     for (const found of document.elementsFromPoint(...at)) {
       const fill = found instanceof SVGElement ? getComputedStyle(found).fill : getComputedStyle(found).backgroundColor;
-      const color = fill === "none" || found.tagName === "text" ? [0, 0, 0, 0] : rgb(fill);
+      const color = fill === "none" || /^(text|tspan|a)$/.test(found.tagName) ? [0, 0, 0, 0] : rgb(fill);
       if (color[3] === undefined || color[3] > 0.99) return color;
     }
     return [255, 255, 255];

@@ -1,22 +1,21 @@
 """Pages for people: what is here, and one page for a repository, with where its adapter came from and where it went."""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from urllib.parse import quote
 
 from starlette.responses import RedirectResponse, Response
 
 from loraforge_registry.config import MAX_BYTES, parse_config
-from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.layout import Layout, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, Manifest
-from loraforge_registry.server import describe, repos, sections, spectrum_figure
+from loraforge_registry.server import describe, lineage_figure, repos, sections, spectrum_figure
 from loraforge_registry.server.api import head_of
 from loraforge_registry.server.call import Call
 from loraforge_registry.server.errors import RefusedError, unauthorised
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.server.relations import Relations, relations
 from loraforge_registry.server.repos import Repository, Revision
 from loraforge_registry.server.web import CSP, MAX_CARD, STATIC, Visit, page, text
 
@@ -61,51 +60,26 @@ def repository(hub: Hub, call: Call) -> Response:
     revision = repos.resolve(hub, found, call.segments.get("rev", head_of(found)))
     manifest = describe.base_of(hub, revision.commit)
     layout = None if manifest is None else _layout(hub, manifest)
-    others = _Others(hub, call) if manifest is not None else None
-    used_by = [] if others is None or revision.commit.adapter is None else others.made_from(revision.commit.adapter)
-    names = {} if others is None else others.names
+    adapter = revision.commit.adapter
+    others = Relations({}) if manifest is None else relations(hub, call.user, found.namespace)
+    made = [] if adapter is None else others.made_from(adapter)
+    used_by = sorted({place.repository for place in made})
+    drawn = lineage_figure.figure(found.id, None if manifest is None else manifest.derivation, others, made)
     spectrum = _spectrum(hub, revision, manifest, layout)
-    shown = sections.Shown(found, revision, manifest, layout, _card(hub, revision), names, used_by, spectrum)
+    shown = sections.Shown(
+        found, revision, manifest, layout, _card(hub, revision), others.names, used_by, spectrum, drawn
+    )
     return page(found.id, sections.repository(shown, call.endpoint), Visit(call.path, call.user))
 
 
 def artifact(hub: Hub, call: Call) -> Response:
     """GET /-/at/{hex}: the page of the repository that has an adapter, if whoever asks may see one that does."""
     hexed = call.segments["hex"]
-    names = _Others(hub, call).names
+    names = relations(hub, call.user).names
     found = next((name for digest, name in names.items() if digest.hex == hexed), None)
     if found is None:
         raise RefusedError(404, "no repository that you may see has this adapter", "NotFound")
     return RedirectResponse(f"/{quote(found)}", 302)
-
-
-@dataclass(frozen=True)
-class _Others:
-    """The adapters at the heads of every repository that whoever asks may see."""
-
-    hub: Hub
-    call: Call
-
-    @property
-    def names(self) -> Mapping[Digest, str]:
-        """Where each adapter is."""
-        return {digest: repository.id for digest, repository, _ in self._heads()}
-
-    def made_from(self, digest: Digest) -> list[str]:
-        """The repositories whose adapter was made from this one."""
-        return sorted({
-            repository.id
-            for _, repository, manifest in self._heads()
-            if manifest.derivation is not None and digest in manifest.derivation.artifacts()
-        })  # fmt: skip
-
-    def _heads(self) -> Iterator[tuple[Digest, Repository, Manifest]]:
-        for repository in repos.everything(self.hub, self.call.user):
-            for head in {*repository.record.branches.values(), *repository.record.tags.values()}:
-                commit = repos.revision_of(self.hub, head).commit
-                manifest = describe.base_of(self.hub, commit)
-                if manifest is not None and commit.adapter is not None:
-                    yield commit.adapter, repository, manifest
 
 
 def _searched(hub: Hub, repository: Repository) -> str:

@@ -43,13 +43,15 @@ class Shown:
     names: Mapping[Digest, str] = field(default_factory=dict)
     used_by: Sequence[str] = ()
     spectrum: str = ""
+    lineage: str = ""
 
 
 def repository(shown: Shown, endpoint: str) -> str:
     """The page of one repository."""
     found, revision, manifest, layout = shown.repository, shown.revision, shown.manifest, shown.layout
     left = [_card(shown.card), _targets(manifest, layout), shown.spectrum, _files(found, revision)]
-    right = [_loading(found, manifest, endpoint), _lineage(manifest, shown.names), _used_by(shown.used_by)]
+    drawn = f"<h2>Lineage</h2>{shown.lineage}" if shown.lineage else ""
+    right = [_loading(found, manifest, endpoint), drawn, _lineage(manifest, shown.names), _used_by(shown.used_by)]
     right.append(_digests(revision, manifest))
     private = " <span class=quiet>private</span>" if found.record.private else ""
     head = f"<h1>{text(found.id)}{private}</h1>{_facts(found, revision, manifest, layout)}"
