@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 
-from loraforge_registry import canonical, refs, strict_json
+from loraforge_registry import canonical, hub_record, hub_tree_record, refs, strict_json
 from loraforge_registry.config import encode_config, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import (
@@ -27,7 +27,6 @@ from loraforge_registry.header import encode_header, header_length, parse_header
 from loraforge_registry.manifest import Manifest, encode_manifest
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.records import decode_record
-from loraforge_registry.remotes import record as hub_record
 from loraforge_registry.trees import TreeRecord, encode_tree, parent_path
 from tests.fuzz import peers
 
@@ -137,6 +136,21 @@ def hub(data: bytes) -> str:
     assert Digest.of(encode_manifest(found.manifest)) == found.digest, "another artifact's description"
     assert hub_record.decode_record(hub_record.encode_record(found)) == found
     return "accepted"
+
+
+def hub_tree(data: bytes) -> str:
+    try:
+        found = hub_tree_record.decode_tree_record(data)
+    except FormatError as error:
+        return refused(error)
+    if found is None:
+        assert not str(json.loads(data).get("schema")).startswith("loraforge.hub-tree/"), "a tree, and passed over"
+        return "something else"
+    encoded = encode_tree(found.tree)
+    assert Digest.of(encoded) == found.digest, "another tree's description"
+    assert decode_record(encoded) == found.tree
+    assert hub_tree_record.decode_tree_record(hub_tree_record.encode_tree_record(found)) == found
+    return "a tree"
 
 
 # --- refs and names -------------------------------------------------------------------------------------------------

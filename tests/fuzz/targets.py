@@ -5,11 +5,12 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from loraforge_registry import canonical
+from loraforge_registry import canonical, hub_record
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError
-from loraforge_registry.remotes import record as hub_record
+from loraforge_registry.trees import TreeRecord, encode_tree
 from tests.fuzz import bundles, mutators, patterns, readers
 from tests.fuzz.mutators import Mutator, Token, json_mutator, msgpack_mutator, words
 
@@ -46,21 +47,32 @@ HUB_KEYS = [
     "data_offsets",
     "adapter_config.json",
     "README.md",
+    "nodes",
+    "q/v",
 ]
 HUB = json_mutator([*mutators.JSON_LEAVES, f"sha256:{'0' * 64}", f"blake3:{'0' * 64}", "F32", "0" * 40], HUB_KEYS)
 
 
-def hub_mutator(data: bytes, generator: random.Random, blindly: mutators.Blindly) -> bytes:
+def _hub_mutator(described: Callable[[dict[str, Any]], bytes]) -> Mutator:
     """Change a loraforge.json; mostly it names what it describes afterwards."""
-    changed = HUB(data, generator, blindly)
-    try:
-        fields = json.loads(changed)
-        described = Digest.of(canonical.encode(hub_record._manifest(fields)))
-    except (FormatError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return changed
-    if generator.random() < 0.2:
-        return changed
-    return json.dumps({**fields, "digest": str(described)}).encode()
+
+    def mutate(data: bytes, generator: random.Random, blindly: mutators.Blindly) -> bytes:
+        changed = HUB(data, generator, blindly)
+        try:
+            fields = json.loads(changed)
+            digest = Digest.of(described(fields))
+        except (FormatError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return changed
+        if generator.random() < 0.2:
+            return changed
+        return json.dumps({**fields, "digest": str(digest)}).encode()
+
+    return mutate
+
+
+def _tree_of(fields: dict[str, Any]) -> bytes:
+    nodes = {path: Digest.parse(digest) for path, digest in fields["nodes"].items()}
+    return encode_tree(TreeRecord(Digest.parse(fields["base"]["digest"]), fields["base"]["name"], nodes))
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,13 @@ TARGETS: dict[str, Target] = {
     "header": Target(readers.header, mutators.header, 4096, ("header",)),
     "codec": Target(readers.codec, msgpack_mutator(["", "a", "b", "é", 1, None, b"a"]), 1024, ("canonical",)),
     "record": Target(readers.record, RECORD, 2048, ("manifest", "trees", "fields")),
-    "hub": Target(readers.hub, hub_mutator, 4096, ("remotes.record",)),
+    "hub": Target(
+        readers.hub,
+        _hub_mutator(lambda fields: canonical.encode(hub_record._manifest(fields))),
+        4096,
+        ("hub_record",),
+    ),
+    "hub_tree": Target(readers.hub_tree, _hub_mutator(_tree_of), 2048, ("hub_tree_record",)),
     "ref": Target(readers.ref, words(REF_WORDS, finish=_with_checksums), 1024, ("refs",)),
     "names": Target(readers.names, words(NAME_WORDS), 256, ("names", "digest")),
     "strict_json": Target(readers.strict, JSON, 4096, ("strict_json",)),

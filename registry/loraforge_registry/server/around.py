@@ -58,7 +58,7 @@ class Around:
         """Yield each repository with the facts about its head."""
         for repository in self.repositories:
             head = repository.record.branches[head_of(repository)]
-            outline = _outline(self.hub, repository, head) or Outline("", None, None, 0)
+            outline = outline_at(self.hub, repository, head) or Outline("", None, None, 0)
             adapter = outline.adapter
             yield Entry(repository, None if adapter is None else repos.facts_of(self.hub, adapter), outline.time)
 
@@ -92,7 +92,7 @@ class Around:
     def _heads(self) -> Iterator[tuple[Digest, Repository]]:
         for repository in self.repositories:
             for head in repository.record.needs:
-                outline = _outline(self.hub, repository, head)
+                outline = outline_at(self.hub, repository, head)
                 if outline is not None and outline.adapter is not None:
                     yield outline.adapter, repository
 
@@ -119,7 +119,7 @@ class Around:
         return Place(repository, artifact, next(named, None) or repos.outline_of(self.hub, commit).id)
 
 
-def _outline(hub: Hub, repository: Repository, commit: Digest) -> Outline | None:
+def outline_at(hub: Hub, repository: Repository, commit: Digest) -> Outline | None:
     """What a walk needs; None for what is damaged, which is for ``fsck`` to say."""
     if repository.digest is None:  # made on this machine: an artifact, and nobody wrote when
         return Outline("", None, commit, 0)
@@ -137,7 +137,7 @@ def _walk(hub: Hub, repository: Repository) -> Iterator[tuple[Digest, Digest]]:
         commit: Digest | None = head
         while commit is not None and commit not in seen:
             seen.add(commit)
-            outline = _outline(hub, repository, commit)
+            outline = outline_at(hub, repository, commit)
             if outline is not None and outline.adapter is not None:
                 found.append((outline.adapter, commit))
             commit = None if outline is None else outline.parent

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from loraforge_registry import git
+from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.facts import Facts
 from loraforge_registry.manifest import Manifest
@@ -65,10 +66,13 @@ def facts_at(hub: Hub, revision: Revision) -> Facts | None:
 
 def base_of(hub: Hub, commit: CommitRecord) -> Manifest | None:
     """The adapter that a commit is, if it is one."""
-    if commit.adapter is None:
-        return None
+    return None if commit.adapter is None else adapter_at(hub, commit.adapter)
+
+
+def adapter_at(hub: Hub, digest: Digest) -> Manifest | None:
+    """An adapter; None for what is not there, damaged, or something else."""
     try:
-        found = hub.refs.record(commit.adapter)
+        found = hub.refs.record(digest)
     except (LoraforgeError, OSError):
         return None
     return found if isinstance(found, Manifest) else None

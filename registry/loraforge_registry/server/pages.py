@@ -11,7 +11,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError, ReferenceSyntaxError
 from loraforge_registry.layout import Layout, read_layout
 from loraforge_registry.manifest import CONFIG_FILE, Artifact, Derivation, Manifest
-from loraforge_registry.server import describe, repos, sections
+from loraforge_registry.server import describe, lineage_figure, repos, sections, spectrum_figure
 from loraforge_registry.server.api import head_of
 from loraforge_registry.server.around import Around
 from loraforge_registry.server.call import Call
@@ -19,6 +19,7 @@ from loraforge_registry.server.cards import card
 from loraforge_registry.server.errors import RefusedError, unauthorised
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.loading import Source, loading
+from loraforge_registry.server.relations import Relations, relations
 from loraforge_registry.server.repos import Repository, Revision
 from loraforge_registry.server.web import CSP, STATIC, Visit, page, text
 
@@ -52,15 +53,29 @@ def repository(hub: Hub, call: Call) -> Response:
     read = None if manifest is None else _read(hub, manifest)
     around = Around(hub, call.user)
     adapter = revision.commit.adapter
-    used_by = [] if manifest is None or adapter is None else around.made_from(adapter)
-    names = {} if manifest is None else around.names
+    others = Relations({}) if manifest is None else relations(hub, call.user, found.namespace)
+    made = [] if adapter is None else others.made_from(adapter)
+    used_by = sorted({place.repository for place in made})
+    drawn = lineage_figure.figure(found.id, None if manifest is None else manifest.derivation, others, made)
     source = _source(hub, call, found, revision)
     ways = "" if manifest is None else loading(source, manifest, read)
     layout = None if read is None else read[1]
     links = _links(around, manifest.derivation) if manifest is not None and manifest.derivation is not None else {}
     alike = [] if manifest is None else around.alike(manifest.content_id)
     shown = sections.Shown(
-        found, revision, manifest, layout, card(hub, found, revision), names, used_by, ways, links, alike, source.short
+        found,
+        revision,
+        manifest,
+        layout,
+        card=card(hub, found, revision),
+        names=others.names,
+        used_by=used_by,
+        loading=ways,
+        spectrum=_spectrum(hub, revision, manifest, layout),
+        lineage=drawn,
+        links=links,
+        alike=alike,
+        at=source.short,
     )
     return page(found.id, sections.repository(shown), Visit(call.path, call.user))
 
@@ -126,6 +141,13 @@ def _source(hub: Hub, call: Call, found: Repository, revision: Revision) -> Sour
     if said is not None and found.record.named(said) is None:
         said = revision.id
     return Source(found.id, call.endpoint, None if said == head_of(found) else said, needs_token)
+
+
+def _spectrum(hub: Hub, revision: Revision, manifest: Manifest | None, layout: Layout | None) -> str:
+    digest = revision.commit.adapter
+    if hub.spectra is None or manifest is None or layout is None or digest is None:
+        return ""
+    return spectrum_figure.section(hub.spectra.ask(digest, manifest, layout))
 
 
 def refused(error: RefusedError, headers: Mapping[str, str], path: str, *, anonymous: bool) -> Response:

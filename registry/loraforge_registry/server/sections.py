@@ -1,6 +1,5 @@
 """The parts of the pages: from records to HTML, every text of a stranger escaped."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -10,6 +9,7 @@ from loraforge_registry.layout import Layout
 from loraforge_registry.manifest import Artifact, Derivation, Manifest
 from loraforge_registry.server.around import Place
 from loraforge_registry.server.browse import for_base
+from loraforge_registry.server.kinds import kind_of
 from loraforge_registry.server.repos import Repository, Revision
 from loraforge_registry.server.web import bar, copyable, count, size, table, text
 
@@ -34,13 +34,16 @@ class Shown:
     links: Mapping[Digest, str] = field(default_factory=dict)  # to pages of what no name means
     alike: Sequence[str] = ()
     at: str = ""  # the revision, where it is not the head
+    spectrum: str = ""
+    lineage: str = ""
 
 
 def repository(shown: Shown) -> str:
     """The page of one repository."""
     found, revision, manifest, layout = shown.repository, shown.revision, shown.manifest, shown.layout
-    left = [shown.card, _targets(manifest, layout), _files(found, revision)]
-    right = [shown.loading, _lineage(manifest, shown.names, shown.links), _used_by(shown.used_by)]
+    left = [shown.card, _targets(manifest, layout), shown.spectrum, _files(found, revision)]
+    drawn = f"<h2>Lineage</h2>{shown.lineage}" if shown.lineage else ""
+    right = [shown.loading, drawn, _lineage(manifest, shown.names, shown.links), _used_by(shown.used_by)]
     right.append(_digests(revision, manifest, shown.alike))
     private = " <span class=quiet>private</span>" if found.record.private else ""
     at = f" <span class=quiet>at {text(shown.at[:60])}</span>" if shown.at else ""
@@ -80,7 +83,7 @@ def _targets(manifest: Manifest | None, layout: Layout | None) -> str:
         return ""
     kinds: dict[str, list[str]] = {}
     for name in layout.targets:
-        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     errors = _errors(manifest)
     rows = []
     for kind, names in sorted(kinds.items())[:MAX_ROWS]:

@@ -18,7 +18,7 @@ CSP = (
     "frame-ancestors 'none'; base-uri 'none'"
 )
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-_KINDS = {"style.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_KINDS = {"style.css": "text/css", "figures.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 STATIC = {name: ((files(__package__) / "static" / name).read_bytes(), kind) for name, kind in _KINDS.items()}
 
 
@@ -47,6 +47,7 @@ def page(title: str, body: str, visit: Visit) -> Response:
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         "<meta name=color-scheme content='light dark'>"
         f"<title>{text(title)}</title><link rel=icon href='/-/icon.svg'><link rel=stylesheet href='/-/style.css'>"
+        "<link rel=stylesheet href='/-/figures.css'>"
         "<script src='/-/page.js' defer></script></head><body>"
         "<header><div class=wide><a class=brand href='/'>loraforge</a>"
         f"<form class=search action='/' role=search>{kept}<input name=search type=search value='{text(visit.words)}' "
