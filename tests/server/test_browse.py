@@ -188,3 +188,14 @@ def test_caches_hold_no_more_than_they_may():
 def test_the_page_is_small(server):
     with urllib.request.urlopen(f"{server.url}/", timeout=30) as answer:  # noqa: S310 - our own server
         assert len(answer.read()) < 30_000
+
+
+def test_where_nobody_may_look_without_a_token_a_browser_asks_for_one(tmp_path):
+    server = Server(tmp_path / "store", "--host", "0.0.0.0")  # noqa: S104 - whoever is reached by others asks for tokens
+    token = server.add_user("me")
+    with server:
+        refused = raw.request(server, "GET", "/", headers=[("Accept", "text/html")])
+        assert refused.status == 401
+        assert refused.headers["www-authenticate"].startswith("Basic ")
+        assert "Who are you?" in see(refused.body.decode()).text
+        assert "No adapters yet" in see(raw.request(server, "GET", "/", token=token).body.decode()).text

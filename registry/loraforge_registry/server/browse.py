@@ -11,6 +11,7 @@ from loraforge_registry.facts import Facts
 from loraforge_registry.server import describe
 from loraforge_registry.server.around import Around, Entry
 from loraforge_registry.server.call import Call
+from loraforge_registry.server.errors import unauthorised
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.web import Visit, copyable, count, page, size, text
 
@@ -53,6 +54,8 @@ class Wanted:
 
 def front(hub: Hub, call: Call) -> Response:
     """GET /: every repository that whoever asks may see, or those that are wanted."""
+    if call.user is None and not hub.settings.anonymous:
+        raise unauthorised()  # a browser asks: "nothing here" would be no answer
     wanted = _wanted(call.query)
     entries = list(Around(hub, call.user).entries())
     found = sorted(filter(wanted.includes, entries), key=ORDERS[wanted.order][1])
