@@ -45,7 +45,9 @@ def server(tmp_path_factory):
 
 def program(folder, *command, token=None):
     """Run a program as somebody would who has neither a cache nor a login."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORAFORGE_"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORAFORGE_", "TRANSFORMERS_"))
+    }
     (folder / "bin").mkdir(exist_ok=True)  # vLLM needs a GPU: here it only writes down what it was asked
     (folder / "bin" / "vllm").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {folder}/vllm-was-asked\n")
     (folder / "bin" / "vllm").chmod(0o755)
