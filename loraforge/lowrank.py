@@ -92,7 +92,17 @@ def rank_for_energy(s: Tensor, share: float) -> int:
 
 def norm(a: Tensor, b: Tensor) -> float:
     """Return the Frobenius norm of ``b @ a``: that of ``R_B R_A^T``, with no cancellation."""
-    return float(torch.linalg.matrix_norm(_r_factor(_qr(_work(b))) @ _r_factor(_qr(_work(a).T)).T))
+    return float(torch.linalg.matrix_norm(_core(a, b)))
+
+
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Return the singular values of ``b @ a``, descending: those of ``R_B R_A^T`` (see ``decompose``).
+
+    Shapes: a (R, n), b (m, R) -> (min(m, n, R),), on the CPU.
+    Cost: as ``decompose``, without what its bases take.
+    """
+    values: Tensor = torch.linalg.svdvals(_core(a, b).cpu())
+    return values
 
 
 def inner(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> float:
@@ -112,6 +122,11 @@ def _work(tensor: Tensor) -> Tensor:
     if tensor.device.type == "mps":  # has no float64
         tensor = tensor.cpu()
     return tensor.detach().to(torch.float64)
+
+
+def _core(a: Tensor, b: Tensor) -> Tensor:
+    """``R_B R_A^T``, which has the singular values of ``b @ a``: (min(m, R), min(n, R))."""
+    return _r_factor(_qr(_work(b))) @ _r_factor(_qr(_work(a).T)).T
 
 
 def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """An artifact as JSON: the keys that scripts rely on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -8,6 +9,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.layout import Layout
 from loraforge_registry.manifest import Manifest, derivation_as_json
 from loraforge_registry.names import RefName
+from loraforge_registry.spectrum import Spectrum
 from loraforge_registry.store import Store
 
 
@@ -19,6 +21,7 @@ class Described:
     manifest: Manifest
     layout: Layout
     ref: RefName | None = None
+    spectra: Mapping[str, Spectrum] | None = None
 
     @property
     def errors(self) -> dict[str, float]:
@@ -52,6 +55,7 @@ class Described:
                     "kind": target.kind,
                     "shape": list(target.shape),
                     "error": errors.get(name),
+                    **self._spectrum(name),
                 }
                 for name, target in self.layout.targets.items()
             },
@@ -61,6 +65,11 @@ class Described:
             "parents": [str(parent) for parent in lineage],
             "report": cast("Value", manifest.report),
         }
+
+    def _spectrum(self, name: str) -> Mapping[str, object]:
+        if self.spectra is None:
+            return {}
+        return {"spectrum": self.spectra[name].as_json() if name in self.spectra else None}
 
 
 def describe(store: Store, digest: Digest, ref: RefName | None = None) -> Described:

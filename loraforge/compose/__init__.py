@@ -7,6 +7,7 @@ from loraforge.compose._explain import Explanation, Part, explain
 from loraforge.compose._linear import linear, stack
 from loraforge.compose._rerank import Reranked, RerankReport, TargetReport, rerank
 from loraforge.compose._select import layer_of, layers_of, select
+from loraforge.compose._spectrum import spectra
 from loraforge.compose._table import LATEST, METHODS, OPERATIONS, Kind, Operation, check_parameters, perform
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "perform",
     "rerank",
     "select",
+    "spectra",
     "stack",
 ]

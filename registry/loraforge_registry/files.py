@@ -112,7 +112,12 @@ class Files:
     def names(self, directory: str) -> list[str]:
         """The names in a directory, sorted."""
         with naming(self.root / directory):
-            return sorted(os.listdir(self._directory(directory)))
+            # a descriptor of its own: where a listing is lies in the descriptor, and threads would share that
+            fd = os.open(".", _DIRECTORY, dir_fd=self._directory(directory))
+            try:
+                return sorted(os.listdir(fd))
+            finally:
+                os.close(fd)
 
     def new_temporary(self, session: str) -> Temporary:
         """Create a file in ``tmp/`` under a name nobody can have planted, and which says whose it is."""

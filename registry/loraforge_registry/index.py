@@ -60,14 +60,8 @@ def write_summaries(root: Path, summaries: Mapping[Digest, Summary]) -> None:
 
 def read_result(root: Path, key: Digest) -> Digest | None:
     """Return the artifact that a piece of work, known by ``key``, came to on this machine; None where nobody knows."""
-    try:
-        with closing(_connect(root, write=False)) as database:
-            found = database.execute("SELECT check_sum, artifact FROM result WHERE key = ?", [key.raw]).fetchone()
-    except sqlite3.Error:
-        return None
-    if found is None or not isinstance(found[1], bytes) or found[0] != _check_sum(key.raw, found[1]):
-        return None
-    return Digest.from_raw("sha256", found[1]) if len(found[1]) == 32 else None
+    found = _read(root, "SELECT check_sum, artifact FROM result WHERE key = ?", key)
+    return Digest.from_raw("sha256", found) if found is not None and len(found) == 32 else None
 
 
 def write_result(root: Path, key: Digest, artifact: Digest) -> None:
@@ -75,6 +69,30 @@ def write_result(root: Path, key: Digest, artifact: Digest) -> None:
     row = (key.raw, _check_sum(key.raw, artifact.raw), artifact.raw)
     with suppress(sqlite3.Error, OSError):
         _write(root, "result (key BLOB PRIMARY KEY, check_sum BLOB, artifact BLOB)", [row])
+
+
+def read_spectra(root: Path, content_id: Digest) -> bytes | None:
+    """Return what was kept of the spectra of adapters that compute this; None where nobody knows."""
+    return _read(root, "SELECT check_sum, row FROM spectra WHERE content_id = ?", content_id)
+
+
+def write_spectra(root: Path, content_id: Digest, row: bytes) -> None:
+    """Keep the spectra of whatever computes this; like every row, one that may be lost."""
+    with suppress(sqlite3.Error, OSError):
+        columns = "spectra (content_id BLOB PRIMARY KEY, check_sum BLOB, row BLOB)"
+        _write(root, columns, [(content_id.raw, _check_sum(content_id.raw, row), row)])
+
+
+def _read(root: Path, query: str, key: Digest) -> bytes | None:
+    """One intact value, the second column of what a query for a key finds; the first is its checksum."""
+    try:
+        with closing(_connect(root, write=False)) as database:
+            found = database.execute(query, [key.raw]).fetchone()
+    except sqlite3.Error:
+        return None
+    if found is None or not isinstance(found[1], bytes) or found[0] != _check_sum(key.raw, found[1]):
+        return None
+    return found[1]
 
 
 def _insert(root: Path, rows: Iterable[tuple[Digest, Summary]]) -> None:

@@ -72,6 +72,16 @@ class CommitRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Outline:
+    """What a walk along a history needs of a commit."""
+
+    id: str
+    parent: Digest | None
+    adapter: Digest | None
+    time: int
+
+
+@dataclass(frozen=True, slots=True)
 class RepositoryRecord:
     """What a repository is at one moment: its id as it was spelt, and the commits that its branches and tags mean."""
 
@@ -151,8 +161,8 @@ def decode_commit(data: bytes) -> CommitRecord:
     return commit
 
 
-def outline(data: bytes) -> tuple[str, Digest | None] | None:
-    """Return the id of a commit and its parent, without looking at its files; None for any other record.
+def outline(data: bytes) -> Outline | None:
+    """Return the outline of a commit, without looking at its files; None for any other record.
 
     For walking along a history whose records have the digests under which they were checked when they were written.
 
@@ -161,8 +171,10 @@ def outline(data: bytes) -> tuple[str, Digest | None] | None:
     fields = msgpack.unpackb(data)
     if fields.get("schema") != COMMIT_SCHEMA:
         return None
-    parent = fields["parent"]
-    return fields["id"].hex(), None if parent is None else Digest("sha256", parent.hex())
+    parent, adapter = (
+        None if raw is None else Digest("sha256", raw.hex()) for raw in (fields["parent"], fields["adapter"])
+    )
+    return Outline(fields["id"].hex(), parent, adapter, fields["time"])
 
 
 def encode_repository(repository: RepositoryRecord) -> bytes:

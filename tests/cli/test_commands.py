@@ -46,6 +46,21 @@ def test_the_whole_way(two, run):
     assert lf.content_id(out) == lf.content_id(exact)
 
 
+def test_show_says_the_spectrum(two, run):
+    found = run("--json", "show", "french:v1", "--spectrum").json
+    adapter = lf.load("french:v1")
+    for name, row in found["targets"].items():
+        s = lf.rerank(adapter, rank=1).report.targets[name].spectrum
+        said = row["spectrum"]
+        assert said["values"] == pytest.approx(s, rel=1e-9, abs=1e-12)
+        assert said["stable_rank"] == pytest.approx((said["norm"] / s[0]) ** 2)
+        assert set(said["rank_for"]) == {"0.9", "0.99", "0.999"}
+    shown = run("show", two / "french", "--spectrum")
+    assert (shown.code, "STABLE" in shown.out, "EFFECTIVE" in shown.out) == (0, True, True)
+    assert all(len(line) <= WIDTH for line in shown.out.partition("STABLE")[2].splitlines())
+    assert "spectrum" not in run("--json", "show", "french:v1").out
+
+
 def test_push_keeps_files_byte_for_byte_and_is_idempotent(two, run):
     (two / "french" / "README.md").write_text("# french\n")
     first = run("push", two / "french", "other:v1", "--json").json

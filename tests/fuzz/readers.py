@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 
-from loraforge_registry import canonical, refs, strict_json
+from loraforge_registry import canonical, hub_record, hub_tree_record, refs, strict_json
 from loraforge_registry.config import encode_config, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import (
@@ -27,8 +27,6 @@ from loraforge_registry.header import encode_header, header_length, parse_header
 from loraforge_registry.manifest import Manifest, encode_manifest
 from loraforge_registry.names import Reference, RefName
 from loraforge_registry.records import decode_record
-from loraforge_registry.remotes import record as hub_record
-from loraforge_registry.remotes import tree_record
 from loraforge_registry.trees import TreeRecord, encode_tree, parent_path
 from tests.fuzz import peers
 
@@ -142,7 +140,7 @@ def hub(data: bytes) -> str:
 
 def hub_tree(data: bytes) -> str:
     try:
-        found = tree_record.decode_tree_record(data)
+        found = hub_tree_record.decode_tree_record(data)
     except FormatError as error:
         return refused(error)
     if found is None:
@@ -151,7 +149,7 @@ def hub_tree(data: bytes) -> str:
     encoded = encode_tree(found.tree)
     assert Digest.of(encoded) == found.digest, "another tree's description"
     assert decode_record(encoded) == found.tree
-    assert tree_record.decode_tree_record(tree_record.encode_tree_record(found)) == found
+    assert hub_tree_record.decode_tree_record(hub_tree_record.encode_tree_record(found)) == found
     return "a tree"
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from loraforge_registry import canonical
+from loraforge_registry import canonical, hub_record
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError
-from loraforge_registry.remotes import record as hub_record
 from loraforge_registry.trees import TreeRecord, encode_tree
 from tests.fuzz import bundles, mutators, patterns, readers
 from tests.fuzz.mutators import Mutator, Token, json_mutator, msgpack_mutator, words
@@ -102,9 +101,9 @@ TARGETS: dict[str, Target] = {
         readers.hub,
         _hub_mutator(lambda fields: canonical.encode(hub_record._manifest(fields))),
         4096,
-        ("remotes.record",),
+        ("hub_record",),
     ),
-    "hub_tree": Target(readers.hub_tree, _hub_mutator(_tree_of), 2048, ("remotes.tree_record",)),
+    "hub_tree": Target(readers.hub_tree, _hub_mutator(_tree_of), 2048, ("hub_tree_record",)),
     "ref": Target(readers.ref, words(REF_WORDS, finish=_with_checksums), 1024, ("refs",)),
     "names": Target(readers.names, words(NAME_WORDS), 256, ("names", "digest")),
     "strict_json": Target(readers.strict, JSON, 4096, ("strict_json",)),

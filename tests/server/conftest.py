@@ -18,3 +18,11 @@ def alice(server):
 @pytest.fixture(scope="package")
 def bob(server):
     return server.add_user("bob")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _online():
+    """Clients in this process reach our server, though peers' tests beside these may have told them to stay offline."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield

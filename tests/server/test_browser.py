@@ -1,6 +1,7 @@
 """The pages in a real browser: with its JavaScript and without, light and dark, wide and as narrow as a telephone."""
 
 import shutil
+import time
 import urllib.request
 
 import pytest
@@ -41,7 +42,7 @@ PALE = """
   const behind = (element, at) => {
     for (const found of document.elementsFromPoint(...at)) {
       const fill = found instanceof SVGElement ? getComputedStyle(found).fill : getComputedStyle(found).backgroundColor;
-      const color = fill === "none" || found.tagName === "text" ? [0, 0, 0, 0] : rgb(fill);
+      const color = fill === "none" || /^(text|tspan|a)$/.test(found.tagName) ? [0, 0, 0, 0] : rgb(fill);
       if (color[3] === undefined || color[3] > 0.99) return color;
     }
     return [255, 255, 255];
@@ -67,6 +68,11 @@ PALE = """
 """
 
 
+def read(url):
+    with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310 - our own server
+        return answer.read().decode()
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     home = tmp_path_factory.mktemp("browser")
@@ -89,6 +95,9 @@ def server(tmp_path_factory):
         write_adapter(home / "card", weights=tensors(0.125), settings=config(base_model_name_or_path=LONG * 2))
         (home / "card" / "README.md").write_text(CARD)
         registry.push(home / "card", f"{LONG}:v1")
+        for name in ("french", "blend"):
+            while "being worked out" in read(f"{server.url}/{name}"):
+                time.sleep(0.05)
         server.token = server.add_user("me")
         for name, private in (("secret", True), ("empty", False)):
             body = {"name": name, "organization": None, "private": private}

@@ -1,5 +1,7 @@
 """What is here is found with one look at the names, however many there are."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import loraforge as lf
@@ -34,3 +36,13 @@ def test_one_look_for_all(hub, monkeypatch):
 def test_names_come_with_their_tags(hub):
     assert hub.refs.names()["acme--first"] == ["v1"]
     assert hub.refs.tags("acme--n3") == hub.refs.tags("acme--n3", ["v2"])
+
+
+def test_several_look_at_once_and_each_sees_all(hub):
+    expected = list(hub.refs.names())
+
+    def look(_):
+        return all(list(hub.refs.names()) == expected for _ in range(100))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(look, range(8)))

@@ -10,11 +10,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import loraforge as lf
 from loraforge_registry.digest import Digest
+from loraforge_registry.hub_record import decode_record, encode_record
+from loraforge_registry.hub_tree_record import TreeOnHub, decode_tree_record, encode_tree_record
 from loraforge_registry.manifest import Artifact, Derivation, Input, encode_manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.remotes import open_remote
-from loraforge_registry.remotes.record import decode_record, encode_record
-from loraforge_registry.remotes.tree_record import TreeOnHub, decode_tree_record, encode_tree_record
 from loraforge_registry.store import Store
 from loraforge_registry.trees import TreeRecord, encode_tree
 from tests.bad_files import tensors, write_adapter

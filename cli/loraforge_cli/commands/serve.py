@@ -8,6 +8,7 @@ import click
 
 from loraforge_cli.options import Session, common
 from loraforge_cli.output import emit, note, table
+from loraforge_cli.spectra import ChildSpectra
 from loraforge_registry.paths import default_store, expand
 
 EXTRA = "serving needs the extra: pip install 'loraforge[server]'"
@@ -73,7 +74,7 @@ def command(
         quota=quota,
     )
     bound = run.listen(host, port)
-    hub, pins = run.open_hub(store, settings)
+    hub, pins = run.open_hub(store, settings, ChildSpectra(store))
     nobody = not run.accounts_of(store).tokens()
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"serving {store} at http://{shown}:{bound.getsockname()[1]}")

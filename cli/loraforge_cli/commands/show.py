@@ -1,6 +1,7 @@
 """``loraforge show``: everything about one adapter."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import click
 
@@ -12,13 +13,15 @@ from loraforge_cli.tree_view import is_tree, show_tree
 from loraforge_registry.ingest import examine, open_adapter
 from loraforge_registry.names import Reference
 from loraforge_registry.paths import expand, is_path
+from loraforge_registry.spectrum import Spectrum
 
 
 @click.command("show")
 @click.argument("source", type=SOURCE)
 @click.option("--all", "every", is_flag=True, help="One line a target, not one for all layers.")
+@click.option("--spectrum", is_flag=True, help="The singular values of every update, too, and the ranks they come to.")
 @common
-def command(session: Session, *, source: str, every: bool) -> None:
+def command(session: Session, *, source: str, every: bool, spectrum: bool) -> None:
     """Show rank, targets, base, errors, lineage, digests and size of an adapter, or a tree.
 
     SOURCE is a name or digest in the store, or a PEFT directory.
@@ -31,9 +34,16 @@ def command(session: Session, *, source: str, every: bool) -> None:
     else:
         digest, ref = store.resolve(source), Reference.parse(source).ref
         if is_tree(store, digest):
+            if spectrum:
+                raise click.UsageError(f"{source} is a tree; name one of its nodes by digest, and see its spectrum")
             show_tree(session, store, digest, ref)
             return
         described = describe(store, digest, ref)
+    if spectrum:
+        from loraforge.compose import spectra
+        from loraforge_cli.sources import open_source
+
+        described = replace(described, spectra=spectra(open_source(session, source)))
     if session.as_json:
         emit(described.as_json())
         return
@@ -41,6 +51,8 @@ def command(session: Session, *, source: str, every: bool) -> None:
     if described.manifest.derivation is not None:
         click.echo("\nLineage\n" + "\n".join(tree(store, described, names_by_digest(store))))
     click.echo("\n" + _targets(described, every=every))
+    if described.spectra is not None:
+        click.echo("\n" + _spectra(described.spectra, every=every))
 
 
 def _facts(described: Described) -> str:
@@ -90,3 +102,20 @@ def _targets(described: Described, *, every: bool) -> str:
         ]
         rows.append(row + ([spread(errors.get(name, 0.0) for name in names)] if errors else []))
     return table(header, rows)
+
+
+def _spectra(spectra: Mapping[str, Spectrum], *, every: bool) -> str:
+    """The norm of the updates, and how many directions they come to: stable and effective rank, and 99 % of |dW|^2."""
+    groups = {name: [name] for name in spectra} if every else by_layer(spectra)
+    rows = []
+    for label, names in groups.items():
+        found = [spectra[name] for name in names]
+        numbers = (
+            (s.norm for s in found),
+            (s.largest for s in found),
+            (s.stable_rank for s in found),
+            (s.effective_rank for s in found),
+            (s.rank_for(0.99) for s in found),
+        )
+        rows.append([label, str(len(names)), *map(spread, numbers)])
+    return table(["TARGET", "N>", "|dW|>", "LARGEST>", "STABLE>", "EFFECTIVE>", "99 %>"], rows)

@@ -4,12 +4,12 @@ import json
 import re
 from collections.abc import Iterator
 
+from loraforge_registry.config import AdapterConfig
 from loraforge_registry.digest import Digest
 from loraforge_registry.layout import Layout
 from loraforge_registry.manifest import Artifact, Derivation, Manifest
-from loraforge_registry.remotes.serving import vllm_flags
+from loraforge_registry.serving import base_on_hub, refused_by_vllm, vllm_command
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _MODULES = 12  # named in the card; --json has all
 
 
@@ -36,13 +36,7 @@ def lacks_base(readme: bytes, manifest: Manifest) -> bool:
     return base_on_hub(manifest) is not None and (head is None or b"base_model:" not in head[1])
 
 
-def base_on_hub(manifest: Manifest) -> str | None:
-    """The base's id on the Hub; a path on somebody's disk is none."""
-    name = manifest.base_name
-    return name if name is not None and _REPO_ID.fullmatch(name) and not name.startswith(".") else None
-
-
-def card(repo: str, digest: Digest, manifest: Manifest, layout: Layout) -> bytes:
+def card(repo: str, digest: Digest, manifest: Manifest, config: AdapterConfig, layout: Layout) -> bytes:
     """Return a model card; equal artifacts give equal cards."""
     body = [
         f"# {repo.partition('/')[2]}",
@@ -51,7 +45,7 @@ def card(repo: str, digest: Digest, manifest: Manifest, layout: Layout) -> bytes
         "",
         *_facts(digest, manifest, layout),
         "",
-        *_loading(repo, manifest, layout),
+        *_loading(repo, manifest, config, layout),
         *_lineage(manifest.derivation),
     ]
     return (front_matter(base_on_hub(manifest)) + "\n" + "\n".join(body).rstrip() + "\n").encode()
@@ -78,9 +72,8 @@ def _facts(digest: Digest, manifest: Manifest, layout: Layout) -> Iterator[str]:
     yield f"| content | `{manifest.content_id}` |"
 
 
-def _loading(repo: str, manifest: Manifest, layout: Layout) -> Iterator[str]:
+def _loading(repo: str, manifest: Manifest, config: AdapterConfig, layout: Layout) -> Iterator[str]:
     base = base_on_hub(manifest) or "BASE"
-    flags = vllm_flags(layout)
     yield "## Loading"
     yield ""
     yield "```python"
@@ -92,8 +85,9 @@ def _loading(repo: str, manifest: Manifest, layout: Layout) -> Iterator[str]:
     yield "```"
     yield ""
     yield "```console"
-    options = f"--enable-lora{f' {flags}' if flags else ''} --lora-modules {repo.partition('/')[2]}={repo}"
-    yield f"$ vllm serve {base} {options}"
+    if not any(refused_by_vllm(config, layout)):
+        command = vllm_command(manifest, config, layout, name=repo.partition("/")[2], where=repo)
+        yield f"$ {' '.join(command)}"
     yield f"$ loraforge pull hf://{repo}      # every byte checked against the digest above"
     yield "```"
     yield ""

@@ -15,13 +15,13 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError, NotFoundError, ReferenceSyntaxError, RemoteError
+from loraforge_registry.hub_record import MAX_RECORD, RECORD_FILE, Record, decode_record
+from loraforge_registry.hub_tree_record import TreeOnHub, decode_tree_record
 from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, WEIGHTS_FILE, File
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.remotes.address import HubAddress
 from loraforge_registry.remotes.http import Client, RefusalError
 from loraforge_registry.remotes.offer import Listed, Offer, OfferedTree, Published, RemoteFile
-from loraforge_registry.remotes.record import MAX_RECORD, RECORD_FILE, Record, decode_record
-from loraforge_registry.remotes.tree_record import TreeOnHub, decode_tree_record
 from loraforge_registry.store import Store
 from loraforge_registry.strict_json import Json
 from loraforge_registry.system import Buffer

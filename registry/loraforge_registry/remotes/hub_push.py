@@ -22,15 +22,15 @@ from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, LoraforgeError, NotFoundError, RemoteError, StoreError
 from loraforge_registry.git import git_id
+from loraforge_registry.hub_record import RECORD_FILE, Record, encode_record
+from loraforge_registry.hub_tree_record import TreeOnHub
 from loraforge_registry.ingest import MAX_README
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, File, Manifest
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.remotes.card import card, lacks_base, with_front_matter
 from loraforge_registry.remotes.hub import MAIN, HubFile, HubRemote, Snapshot, describes, refused
 from loraforge_registry.remotes.offer import Published
-from loraforge_registry.remotes.record import RECORD_FILE, Record, encode_record
-from loraforge_registry.remotes.serving import refused_by_vllm, vllm_flags
-from loraforge_registry.remotes.tree_record import TreeOnHub
+from loraforge_registry.serving import refused_by_vllm, vllm_flags
 from loraforge_registry.store import Store
 
 _OURS = (CONFIG_FILE, WEIGHTS_FILE, README_FILE, RECORD_FILE)
@@ -131,7 +131,7 @@ def _serving_notes(store: Store, manifest: Manifest) -> Iterator[str]:
     refused = list(refused_by_vllm(config, layout))
     if refused:
         yield f"vLLM will not serve this adapter: {'; '.join(refused)}"
-    elif flags := vllm_flags(layout):
+    elif flags := vllm_flags(config, layout):
         yield f"vLLM serves this adapter with {flags}"
 
 
@@ -163,7 +163,7 @@ def _wanted(
     wanted = {CONFIG_FILE: config}
     own = next((file for file in manifest.files if file.path == README_FILE), None)
     if own is None:
-        readme = card(remote.address.repo, digest, manifest, store.layout(manifest))
+        readme = card(remote.address.repo, digest, manifest, parse_config(config), store.layout(manifest))
     else:
         text = store.read_file(own, MAX_README)
         check_text(text)

@@ -6,6 +6,8 @@ from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError
 from loraforge_registry.git import git_id
+from loraforge_registry.hub_record import RECORD_FILE, Record, encode_record
+from loraforge_registry.hub_tree_record import TreeOnHub, encode_tree_record
 from loraforge_registry.ingest import MAX_README
 from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import RefName
@@ -23,9 +25,7 @@ from loraforge_registry.remotes.hub_push import (
     tree_of,
 )
 from loraforge_registry.remotes.offer import Published
-from loraforge_registry.remotes.record import RECORD_FILE, Record, encode_record
 from loraforge_registry.remotes.tree_card import tree_card
-from loraforge_registry.remotes.tree_record import TreeOnHub, encode_tree_record
 from loraforge_registry.store import Store
 from loraforge_registry.trees import TreeRecord
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Manifest
-from loraforge_registry.remotes.card import base_on_hub, code, for_base, front_matter
+from loraforge_registry.remotes.card import code, for_base, front_matter
+from loraforge_registry.serving import base_on_hub
 from loraforge_registry.trees import TreeRecord, parent_path, steps_to
 
 

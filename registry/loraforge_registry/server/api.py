@@ -96,7 +96,7 @@ def models(hub: Hub, call: Call) -> Response:
         revision = repos.resolve(hub, repository, head_of(repository))
         said = describe.summary(hub, repository, revision)
         wanted = [word for text in parsed.get("filter", []) for word in text.split(",")]
-        if set(wanted) <= {*map(str, describe.tags_of(describe.base_of(hub, revision.commit))), "model"}:
+        if set(wanted) <= {*describe.tags_of(describe.facts_at(hub, revision)), "model"}:
             found.append(said)
     if call.query.get("sort") in ("lastModified", "createdAt", "last_modified", "created_at"):
         key = "createdAt" if "reated" in call.query["sort"] else "lastModified"

@@ -15,7 +15,7 @@ import anyio.to_thread
 from starlette.responses import Response
 
 from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError
-from loraforge_registry.server import api, commits, downloads, lfs, pages, xet
+from loraforge_registry.server import api, browse, commits, downloads, lfs, pages, xet
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.call import Call, Message, Receive
 from loraforge_registry.server.errors import RefusedError, bad_request, unauthorised
@@ -55,7 +55,7 @@ ROUTES: Sequence[Route] = (
     Route("POST", "/lfs/verify", lfs.verify),
     Route("POST", "/cas/{place}/v1/xorbs/default/{hash}", xet.xorb, sends=True),
     Route("POST", "/cas/{place}/v1/shards", xet.shard, sends=True),
-    Route("GET", "/", pages.front),
+    Route("GET", "/", browse.front),
     Route("GET", "/favicon.ico", pages.static),
     Route("GET", "/-login", pages.log_in),
     Route("GET", "/-/{file}", pages.static),

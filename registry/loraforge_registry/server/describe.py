@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator, Mapping
 
 from loraforge_registry import git
+from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
+from loraforge_registry.facts import Facts
 from loraforge_registry.manifest import Manifest
 from loraforge_registry.repositories import CommitRecord, CommittedFile
 from loraforge_registry.server.hub import Hub
-from loraforge_registry.server.repos import MAIN, Repository, Revision, history
+from loraforge_registry.server.repos import MAIN, Repository, Revision, facts_of, history
 
 
 def iso(seconds: int) -> str:
@@ -37,7 +39,7 @@ def model(hub: Hub, repository: Repository, revision: Revision, *, blobs: bool =
 
 def summary(hub: Hub, repository: Repository, revision: Revision) -> dict[str, object]:
     """A repository in a list."""
-    facts = base_of(hub, revision.commit)
+    facts = facts_at(hub, revision)
     return {
         "_id": hashlib.sha256(repository.name.encode()).hexdigest()[:24],
         "id": repository.id,
@@ -56,22 +58,31 @@ def summary(hub: Hub, repository: Repository, revision: Revision) -> dict[str, o
     }
 
 
+def facts_at(hub: Hub, revision: Revision) -> Facts | None:
+    """A few facts about the adapter that a revision is, if it is one."""
+    adapter = revision.commit.adapter
+    return None if adapter is None else facts_of(hub, adapter)
+
+
 def base_of(hub: Hub, commit: CommitRecord) -> Manifest | None:
     """The adapter that a commit is, if it is one."""
-    if commit.adapter is None:
-        return None
+    return None if commit.adapter is None else adapter_at(hub, commit.adapter)
+
+
+def adapter_at(hub: Hub, digest: Digest) -> Manifest | None:
+    """An adapter; None for what is not there, damaged, or something else."""
     try:
-        found = hub.refs.record(commit.adapter)
+        found = hub.refs.record(digest)
     except (LoraforgeError, OSError):
         return None
     return found if isinstance(found, Manifest) else None
 
 
-def tags_of(manifest: Manifest | None) -> list[str]:
+def tags_of(facts: Facts | None) -> list[str]:
     """What the Hub tags an adapter with."""
-    if manifest is None:
+    if facts is None:
         return []
-    base = [] if manifest.base_name is None else [f"base_model:adapter:{manifest.base_name}"]
+    base = [] if facts.base is None else [f"base_model:adapter:{facts.base}"]
     return ["peft", "safetensors", "lora", *base]
 
 

@@ -1,18 +1,22 @@
 """What may be pushed: any file of a repository, but no pickle, no safetensors that could mislead, no false adapter."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from loraforge_registry import config as adapter_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError
 from loraforge_registry.header import header_length, parse_header
+from loraforge_registry.hub_record import RECORD_FILE, decode_record
 from loraforge_registry.ingest import MAX_README, Incoming, examine
-from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, File, encode_manifest
+from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, File, Manifest, encode_manifest
 from loraforge_registry.repositories import CommitRecord, CommittedFile
 from loraforge_registry.server.errors import RefusedError, bad_request
 from loraforge_registry.server.hub import Hub
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+MAX_STATED = 4 * 1024 * 1024  # of loraforge.json, which is read into memory whole
+_TOLD = (CONFIG_FILE, WEIGHTS_FILE, README_FILE, RECORD_FILE)
 LEFT_OUT = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 """Pickles that transformers' Trainer writes beside an adapter: clients are asked to leave them out, and say so."""
 
@@ -60,9 +64,26 @@ def adapter_of(hub: Hub, files: Mapping[str, CommittedFile], parent: CommitRecor
         return parent.adapter
     try:
         manifest, _ = examine(_incoming(hub, files), weights=_file(WEIGHTS_FILE, files[WEIGHTS_FILE]))
-        return hub.refs.put_record(encode_manifest(manifest))
+        return hub.refs.put_record(encode_manifest(_as_stated(hub, files, manifest)))
     except FormatError as error:
         raise bad_request(f"this is no adapter that PEFT would load as it says: {error}") from error
+
+
+def _as_stated(hub: Hub, files: Mapping[str, CommittedFile], found: Manifest) -> Manifest:
+    """What ``loraforge.json`` states, lineage and all, where it is of these very files; else what was found.
+
+    It is not refused where it is of others: people edit what they pushed, with clients that do not know of it.
+    """
+    file = files.get(RECORD_FILE)
+    if file is None or file.size > MAX_STATED:
+        return found
+    try:
+        stated = decode_record(_read(hub, file, 0, file.size)).manifest
+    except FormatError:
+        return found
+    is_of_these = set(stated.files) <= set(found.files)
+    same = replace(stated, files=(), derivation=None, report=None) == replace(found, files=())
+    return stated if is_of_these and same else found
 
 
 def _incoming(hub: Hub, files: Mapping[str, CommittedFile]) -> Incoming:
@@ -95,7 +116,7 @@ def _read(hub: Hub, file: CommittedFile, begin: int, end: int) -> bytes:
 
 
 def _root(files: Mapping[str, CommittedFile]) -> list[Digest | None]:
-    return [files[path].digest if path in files else None for path in (CONFIG_FILE, WEIGHTS_FILE, README_FILE)]
+    return [files[path].digest if path in files else None for path in _TOLD]
 
 
 def _file(path: str, file: CommittedFile) -> File:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loraforge_registry.server.accounts import Accounts
 from loraforge_registry.server.interfaces import Blobs, Refs
+from loraforge_registry.server.spectra import Spectra
 from loraforge_registry.server.staged import Staged
 from loraforge_registry.server.tickets import Signer
 
@@ -38,3 +39,4 @@ class Hub:
     scratch: Path  # parts and xorbs of uploads that are under way
     staged: Staged
     settings: Settings = field(default_factory=Settings)
+    spectra: Spectra | None = None  # where somebody can work them out

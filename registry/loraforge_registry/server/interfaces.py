@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from loraforge_registry.digest import Digest
+from loraforge_registry.facts import Facts
 from loraforge_registry.records import Record
+from loraforge_registry.repositories import Outline
 
 Buffer = bytes | bytearray | memoryview
 
@@ -56,8 +58,15 @@ class Refs(Protocol):
             NotFoundError: it is not there.
         """
 
-    def outline(self, digest: Digest) -> tuple[str, Digest | None] | None:
-        """The id and the parent of a commit, quickly; None for another record (``repositories.outline``).
+    def outline(self, digest: Digest) -> Outline | None:
+        """What a walk needs of a commit, quickly; None for another record (``repositories.outline``).
+
+        Raises:
+            NotFoundError: it is not there.
+        """
+
+    def facts(self, digest: Digest) -> Facts | None:
+        """What lists say of an artifact, quickly; None for another record (``facts.facts_of``).
 
         Raises:
             NotFoundError: it is not there.

@@ -3,21 +3,23 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from functools import lru_cache
 
 from loraforge_registry import canonical, objects, refs
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
+from loraforge_registry.facts import Facts, facts_of
 from loraforge_registry.files import Files
 from loraforge_registry.names import DEFAULT_TAG, RefName
-from loraforge_registry.records import Record, Records
-from loraforge_registry.repositories import outline
+from loraforge_registry.records import Record, decode_record
+from loraforge_registry.repositories import Outline, outline
+from loraforge_registry.server.recent import Recent
 from loraforge_registry.sessions import Session, open_session
 from loraforge_registry.system import Buffer
 
 _PIECE = 1024 * 1024
+_KEPT = 4 * 1024 * 1024  # bytes of records, as they are stored; in memory they are about ten times as large
 _GENERATION = 3600.0  # seconds that what was uploaded waits for its commit, at least
 
 
@@ -89,7 +91,7 @@ class LocalRefs:
     def __init__(self, files: Files, pins: Pins) -> None:
         self._files = files
         self._pins = pins
-        self._records: Callable[[Digest], Record] = lru_cache(4096)(self._read_record)
+        self._records = Recent[Digest, Record](_KEPT)
 
     def names(self) -> dict[str, list[str]]:
         """All names, and what their tags are called: the names in the directory, not what each means."""
@@ -120,16 +122,25 @@ class LocalRefs:
         return True
 
     def record(self, digest: Digest) -> Record:
-        """Read a record; it never changes, so the last few thousand are kept."""
-        return self._records(digest)
+        """Read a record; it never changes, so the last few megabytes of them are kept."""
+        record = self._records.get(digest)
+        if record is None:
+            data = self._read(digest)
+            record = decode_record(data)
+            self._records.put(digest, record, len(data))
+        return record
 
-    def outline(self, digest: Digest) -> tuple[str, Digest | None] | None:
-        """Read the id and the parent of a commit."""
-        return outline(objects.read_all(self._files, objects.MANIFESTS, digest, canonical.MAX_BYTES))
+    def outline(self, digest: Digest) -> Outline | None:
+        """Read what a walk needs of a commit."""
+        return outline(self._read(digest))
+
+    def facts(self, digest: Digest) -> Facts | None:
+        """Read what lists say of an artifact."""
+        return facts_of(self._read(digest))
 
     def put_record(self, data: bytes) -> Digest:
         """Store a record behind what it needs."""
         return objects.put(self._files, self._pins.session(), objects.MANIFESTS, [data])[0]
 
-    def _read_record(self, digest: Digest) -> Record:
-        return Records(self._files).read(digest)
+    def _read(self, digest: Digest) -> bytes:
+        return objects.read_all(self._files, objects.MANIFESTS, digest, canonical.MAX_BYTES)

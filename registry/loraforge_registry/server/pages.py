@@ -2,25 +2,27 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from urllib.parse import quote
+from itertools import islice
 
 from starlette.responses import RedirectResponse, Response
 
-from loraforge_registry.config import MAX_BYTES, parse_config
+from loraforge_registry.config import MAX_BYTES, AdapterConfig, parse_config
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import LoraforgeError
+from loraforge_registry.errors import LoraforgeError, ReferenceSyntaxError
 from loraforge_registry.layout import Layout, read_layout
-from loraforge_registry.manifest import CONFIG_FILE, README_FILE, Manifest
-from loraforge_registry.server import describe, repos, sections
+from loraforge_registry.manifest import CONFIG_FILE, Artifact, Derivation, Manifest
+from loraforge_registry.server import describe, lineage_figure, repos, sections, spectrum_figure
 from loraforge_registry.server.api import head_of
+from loraforge_registry.server.around import Around
 from loraforge_registry.server.call import Call
+from loraforge_registry.server.cards import card
 from loraforge_registry.server.errors import RefusedError, unauthorised
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.server.loading import Source, loading
+from loraforge_registry.server.relations import Relations, relations
 from loraforge_registry.server.repos import Repository, Revision
-from loraforge_registry.server.web import CSP, MAX_CARD, STATIC, Visit, page, text
+from loraforge_registry.server.web import CSP, STATIC, Visit, page, text
 
-SHOWN = 50
 _PLACE = re.compile(
     r"/(?:[\w.-]+(?:/[\w.-]+)*)?", re.ASCII
 )  # on this server: no browser takes it for another's address
@@ -43,101 +45,109 @@ def log_in(_: Hub, call: Call) -> Response:
     return RedirectResponse(to if _PLACE.fullmatch(to) else "/", 302)
 
 
-def front(hub: Hub, call: Call) -> Response:
-    """GET /: every repository that whoever asks may see, or those that a search finds, a page at a time."""
-    words, start = call.query.get("search", "")[:200], _number(call.query.get("from", ""))
-    wanted = words.lower().split()
-    found = [r for r in repos.everything(hub, call.user) if all(word in _searched(hub, r) for word in wanted)]
-    start = start if start < len(found) else 0
-    shown = [(r, describe.base_of(hub, _head(hub, r).commit), _head(hub, r)) for r in found[start : start + SHOWN]]
-    following = start + SHOWN if len(found) > start + SHOWN else None
-    body = sections.front(shown, len(found), words, following)
-    return page("loraforge", body, Visit(call.path, call.user, words))
-
-
 def repository(hub: Hub, call: Call) -> Response:
     """GET /{id}, /{id}/tree/{rev}: the facts, the files, how to load it, the card, where it came from."""
     found = repos.find(hub, call.segments["id"], call.user)
     revision = repos.resolve(hub, found, call.segments.get("rev", head_of(found)))
     manifest = describe.base_of(hub, revision.commit)
-    layout = None if manifest is None else _layout(hub, manifest)
-    others = _Others(hub, call) if manifest is not None else None
-    used_by = [] if others is None or revision.commit.adapter is None else others.made_from(revision.commit.adapter)
-    names = {} if others is None else others.names
-    shown = sections.Shown(found, revision, manifest, layout, _card(hub, revision), names, used_by)
-    return page(found.id, sections.repository(shown, call.endpoint), Visit(call.path, call.user))
+    read = None if manifest is None else _read(hub, manifest)
+    around = Around(hub, call.user)
+    adapter = revision.commit.adapter
+    others = Relations({}) if manifest is None else relations(hub, call.user, found.namespace)
+    made = [] if adapter is None else others.made_from(adapter)
+    used_by = sorted({place.repository for place in made})
+    drawn = lineage_figure.figure(found.id, None if manifest is None else manifest.derivation, others, made)
+    source = _source(hub, call, found, revision)
+    ways = "" if manifest is None else loading(source, manifest, read)
+    layout = None if read is None else read[1]
+    links = _links(around, manifest.derivation) if manifest is not None and manifest.derivation is not None else {}
+    alike = [] if manifest is None else around.alike(manifest.content_id)
+    shown = sections.Shown(
+        found,
+        revision,
+        manifest,
+        layout,
+        card=card(hub, found, revision),
+        names=others.names,
+        used_by=used_by,
+        loading=ways,
+        spectrum=_spectrum(hub, revision, manifest, layout),
+        lineage=drawn,
+        links=links,
+        alike=alike,
+        at=source.short,
+    )
+    return page(found.id, sections.repository(shown), Visit(call.path, call.user))
 
 
 def artifact(hub: Hub, call: Call) -> Response:
-    """GET /-/at/{hex}: the page of the repository that has an adapter, if whoever asks may see one that does."""
-    hexed = call.segments["hex"]
-    names = _Others(hub, call).names
-    found = next((name for digest, name in names.items() if digest.hex == hexed), None)
-    if found is None:
-        raise RefusedError(404, "no repository that you may see has this adapter", "NotFound")
-    return RedirectResponse(f"/{quote(found)}", 302)
+    """GET /-/at/{hex}: where an artifact is, or all that compute what a content id says; of one place, its page."""
+    digest = _digest(call.segments["hex"])
+    around = Around(hub, call.user)
+    found = [] if digest is None else around.places(digest)
+    what = "One artifact"
+    if digest is not None and not found:
+        found, what = around.places_of_content(digest), "The same content"
+    if digest is None or not found:
+        more = "; if it is private, log in first" if call.user is None else ""
+        raise RefusedError(404, f"no repository that you may see has this adapter{more}", "NotFound")
+    if len(found) == 1:
+        return RedirectResponse(found[0].href, 302)
+    return page(f"{digest.short}", sections.places(digest, found, what), Visit(call.path, call.user))
 
 
-@dataclass(frozen=True)
-class _Others:
-    """The adapters at the heads of every repository that whoever asks may see."""
-
-    hub: Hub
-    call: Call
-
-    @property
-    def names(self) -> Mapping[Digest, str]:
-        """Where each adapter is."""
-        return {digest: repository.id for digest, repository, _ in self._heads()}
-
-    def made_from(self, digest: Digest) -> list[str]:
-        """The repositories whose adapter was made from this one."""
-        return sorted({
-            repository.id
-            for _, repository, manifest in self._heads()
-            if manifest.derivation is not None and digest in manifest.derivation.artifacts()
-        })  # fmt: skip
-
-    def _heads(self) -> Iterator[tuple[Digest, Repository, Manifest]]:
-        for repository in repos.everything(self.hub, self.call.user):
-            for head in {*repository.record.branches.values(), *repository.record.tags.values()}:
-                commit = repos.revision_of(self.hub, head).commit
-                manifest = describe.base_of(self.hub, commit)
-                if manifest is not None and commit.adapter is not None:
-                    yield commit.adapter, repository, manifest
+def _links(around: Around, derivation: Derivation) -> Mapping[Digest, str]:
+    """The pages of what something was made from, and no branch or tag means any more."""
+    sources = islice(_sources(derivation), sections.MAX_ROWS)
+    unnamed = {digest: found for digest, found in sources if digest not in around.names}
+    found = {
+        digest: around.places(digest) if is_artifact else around.places_of_content(digest)
+        for digest, is_artifact in unnamed.items()
+    }
+    return {digest: f"/-/at/{digest.hex}" for digest, places in found.items() if places}
 
 
-def _searched(hub: Hub, repository: Repository) -> str:
-    """What a search looks in: the name, and the base."""
-    manifest = describe.base_of(hub, _head(hub, repository).commit)
-    return f"{repository.id} {manifest.base_name or '' if manifest else ''}".lower()
+def _sources(derivation: Derivation) -> Iterator[tuple[Digest, bool]]:
+    """Yield what a derivation names: the digests of artifacts, and content ids of what was in no store."""
+    for item in derivation.inputs:
+        if isinstance(item.source, Derivation):
+            yield from _sources(item.source)
+        else:
+            is_artifact = isinstance(item.source, Artifact)
+            yield item.source.digest if isinstance(item.source, Artifact) else item.source, is_artifact
 
 
-def _head(hub: Hub, repository: Repository) -> Revision:
-    return repos.resolve(hub, repository, head_of(repository))
+def _digest(hexed: str) -> Digest | None:
+    try:
+        return Digest("sha256", hexed)
+    except ReferenceSyntaxError:
+        return None
 
 
-def _layout(hub: Hub, manifest: Manifest) -> Layout | None:
+def _read(hub: Hub, manifest: Manifest) -> tuple[AdapterConfig, Layout] | None:
     file = manifest.file(CONFIG_FILE)
     if file.size > MAX_BYTES:
         return None
-    data = b"".join(bytes(piece) for piece in hub.blobs.read(file.digest, 0, file.size))
     try:
-        return read_layout(parse_config(data), [tensor.entry for tensor in manifest.tensors])
+        config = parse_config(b"".join(bytes(piece) for piece in hub.blobs.read(file.digest, 0, file.size)))
+        return config, read_layout(config, [tensor.entry for tensor in manifest.tensors])
     except LoraforgeError:
         return None
 
 
-def _card(hub: Hub, revision: Revision) -> str | None:
-    file = revision.commit.files.get(README_FILE)
-    if file is None:
-        return None
-    data = b"".join(bytes(piece) for piece in hub.blobs.read(file.digest, 0, min(file.size, 2 * MAX_CARD)))
-    return data.decode(errors="replace")
+def _source(hub: Hub, call: Call, found: Repository, revision: Revision) -> Source:
+    """Where what a page shows is fetched from: by the name of its revision where that is one, else by the commit."""
+    said, needs_token = call.segments.get("rev"), found.record.private or not hub.settings.anonymous
+    if said is not None and found.record.named(said) is None:
+        said = revision.id
+    return Source(found.id, call.endpoint, None if said == head_of(found) else said, needs_token)
 
 
-def _number(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
+def _spectrum(hub: Hub, revision: Revision, manifest: Manifest | None, layout: Layout | None) -> str:
+    digest = revision.commit.adapter
+    if hub.spectra is None or manifest is None or layout is None or digest is None:
+        return ""
+    return spectrum_figure.section(hub.spectra.ask(digest, manifest, layout))
 
 
 def refused(error: RefusedError, headers: Mapping[str, str], path: str, *, anonymous: bool) -> Response:
@@ -146,7 +156,7 @@ def refused(error: RefusedError, headers: Mapping[str, str], path: str, *, anony
     Where people may look without a token, nobody is asked for one but by a link: most of what is missing is not
     private.
     """
-    status, title, said = error.status, "This did not work", [f"{error.message}."]
+    status, title, said = error.status, "This did not work", [f"{error.message[:1].upper()}{error.message[1:]}."]
     if status == 401 and not (anonymous and error.code == "RepoNotFound"):
         headers = {**headers, "WWW-Authenticate": 'Basic realm="loraforge", charset="UTF-8"'}
         title, said = (

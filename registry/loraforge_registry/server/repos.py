@@ -6,6 +6,7 @@ machine is one, too, which can only be read: each tag is a commit without a pare
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -13,11 +14,13 @@ from threading import Lock
 from loraforge_registry import git
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError, NotFoundError, ReferenceSyntaxError
+from loraforge_registry.facts import Facts
 from loraforge_registry.manifest import WEIGHTS_FILE, Manifest
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.repositories import (
     CommitRecord,
     CommittedFile,
+    Outline,
     RepositoryRecord,
     encode_repository,
     repository_name,
@@ -25,6 +28,7 @@ from loraforge_registry.repositories import (
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.errors import bad_request, forbidden, no_repository, no_revision, unauthorised
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.server.recent import Recent
 
 MAIN = "main"
 _ID = re.compile(r"(?:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)/)?([A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?)")
@@ -171,14 +175,14 @@ def revision_of(hub: Hub, digest: Digest) -> Revision:
     if cached is None:
         with _LOADING:
             cached = _KNOWN.get(digest) or _load_revision(hub, digest)
-            if len(_KNOWN) > 20_000:
-                _KNOWN.clear()
-            _KNOWN[digest] = cached
+            _KNOWN.put(digest, cached, 1 + len(cached.commit.files))
     return cached
 
 
-_KNOWN: dict[Digest, Revision] = {}  # they never change: a digest is of all that they are
-_OUTLINES: dict[Digest, tuple[str, Digest | None]] = {}
+# they never change: a digest is of all that they are
+_KNOWN = Recent[Digest, Revision](100_000)  # files of commits, all together
+_OUTLINES = Recent[Digest, Outline](100_000)
+_FACTS = Recent[Digest, Facts](50_000)
 _LOADING = Lock()  # a server that begins is asked by all at once: each history is read once, not by every thread
 
 
@@ -221,24 +225,38 @@ def _find(hub: Hub, heads: Iterable[Digest], identity: str) -> Revision | None:
         digest: Digest | None = head
         while digest is not None and digest not in seen:
             seen.add(digest)
-            found, parent = _outline(hub, digest)
-            if found == identity:
+            found = outline_of(hub, digest)
+            if found.id == identity:
                 return revision_of(hub, digest)
-            digest = parent
+            digest = found.parent
     return None
 
 
-def _outline(hub: Hub, digest: Digest) -> tuple[str, Digest | None]:
+def outline_of(hub: Hub, digest: Digest) -> Outline:
+    """Return the outline of a commit, or of the one that an artifact would be.
+
+    Raises:
+        NotFoundError: it is not there.
+    """
     cached = _OUTLINES.get(digest)
     if cached is None:
         with _LOADING:
             cached = _OUTLINES.get(digest) or hub.refs.outline(digest)
-        if cached is None:  # an artifact, which is a commit as well
+        if cached is None:
             revision = revision_of(hub, digest)
-            cached = revision.id, revision.commit.parent
-        if len(_OUTLINES) > 100_000:
-            _OUTLINES.clear()
-        _OUTLINES[digest] = cached
+            cached = Outline(revision.id, None, revision.commit.adapter, revision.commit.author.time)
+        _OUTLINES.put(digest, cached, 1)
+    return cached
+
+
+def facts_of(hub: Hub, digest: Digest) -> Facts | None:
+    """Return what lists say of an artifact; None for what is not there, damaged, or another record."""
+    cached = _FACTS.get(digest)
+    if cached is None:
+        with suppress(LoraforgeError, OSError):
+            cached = hub.refs.facts(digest)
+        if cached is not None:
+            _FACTS.put(digest, cached, 1)
     return cached
 
 
@@ -265,19 +283,12 @@ def _blobs_below(hub: Hub, heads: tuple[Digest, ...]) -> Mapping[Digest, int]:
 
 
 def _of_this_machine(hub: Hub, name: str, called: Sequence[str] | None) -> Repository | None:
-    tags = {tag: digest for tag, digest in hub.refs.tags(name, called).items() if _is_adapter(hub, digest)}
+    tags = {tag: digest for tag, digest in hub.refs.tags(name, called).items() if facts_of(hub, digest) is not None}
     if not tags:
         return None
     identity = name.replace("--", "/", 1)
     branches = {MAIN: tags.pop(DEFAULT_TAG, None) or tags[max(tags)]}
     return Repository(name, RepositoryRecord(identity, 0, branches=branches, tags=tags), None)
-
-
-def _is_adapter(hub: Hub, digest: Digest) -> bool:
-    try:
-        return isinstance(hub.refs.record(digest), Manifest)
-    except (LoraforgeError, OSError):
-        return False
 
 
 def _as_commit(hub: Hub, digest: Digest, record: object) -> CommitRecord:

@@ -22,6 +22,7 @@ from loraforge_registry.server.accounts import Accounts
 from loraforge_registry.server.app import LOG, App
 from loraforge_registry.server.hub import Hub, Settings
 from loraforge_registry.server.local import LocalBlobs, LocalRefs, Pins
+from loraforge_registry.server.spectra import Compute, Spectra
 from loraforge_registry.server.staged import Staged
 from loraforge_registry.server.tickets import Signer
 
@@ -41,8 +42,8 @@ def accounts_of(store: Path) -> Accounts:
     return Accounts(state_of(store) / "accounts.json")
 
 
-def open_hub(store: Path, settings: Settings) -> tuple[Hub, Pins]:
-    """Join the parts over a store, which is made where there is none."""
+def open_hub(store: Path, settings: Settings, compute: Compute | None = None) -> tuple[Hub, Pins]:
+    """Join the parts over a store, which is made where there is none; ``compute`` works out spectra."""
     if not check_format(store):
         make_store(store)
     files = Files(store)
@@ -53,7 +54,8 @@ def open_hub(store: Path, settings: Settings) -> tuple[Hub, Pins]:
     scratch.mkdir(mode=0o700, exist_ok=True)
     blobs = LocalBlobs(files, pins)
     staged = Staged(state_of(store) / "staged", blobs.size)
-    hub = Hub(blobs, LocalRefs(files, pins), accounts, Signer(key), scratch, staged, settings)
+    spectra = None if compute is None else Spectra(store, compute)
+    hub = Hub(blobs, LocalRefs(files, pins), accounts, Signer(key), scratch, staged, settings, spectra)
     places.clean(scratch)
     return hub, pins
 
@@ -125,6 +127,8 @@ def serve(hub: Hub, pins: Pins, bound: socket.socket) -> None:
     try:
         asyncio.run(uvicorn.Server(config).serve(sockets=[bound]))
     finally:
+        if hub.spectra is not None:
+            hub.spectra.close()
         pins.close()
 
 

@@ -1,7 +1,5 @@
 """The parts of the pages: from records to HTML, every text of a stranger escaped."""
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -9,25 +7,16 @@ from urllib.parse import quote
 from loraforge_registry.digest import Digest
 from loraforge_registry.layout import Layout
 from loraforge_registry.manifest import Artifact, Derivation, Manifest
-from loraforge_registry.server import describe
+from loraforge_registry.server.around import Place
+from loraforge_registry.server.browse import for_base
+from loraforge_registry.server.kinds import kind_of
 from loraforge_registry.server.repos import Repository, Revision
-from loraforge_registry.server.web import bar, copyable, markdown, table, text
+from loraforge_registry.server.web import bar, copyable, count, size, table, text
 
 MAX_ROWS = 60
+MAX_NAMES = 12
 MAX_DEPTH = 8
-_FRONT_MATTER = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
-_UNITS = ("B", "kB", "MB", "GB", "TB")
-
-
-def front(
-    shown: Sequence[tuple[Repository, Manifest | None, Revision]], total: int, words: str, following: int | None
-) -> str:
-    """The list of repositories."""
-    if not shown:
-        return _nothing(words)
-    said = f"{total} {'match' if words else 'adapter' if total == 1 else 'adapters'}"
-    more = "" if following is None else f"<p><a href='/?search={quote(words)}&amp;from={following}'>More</a></p>"
-    return f"<h1>Adapters</h1><p class=quiet>{said}</p><ul class=list>{''.join(_row(*one) for one in shown)}</ul>{more}"
+MAX_PLACES = 500
 
 
 @dataclass(frozen=True)
@@ -38,50 +27,29 @@ class Shown:
     revision: Revision
     manifest: Manifest | None = None
     layout: Layout | None = None
-    card: str | None = None
+    card: str = ""
     names: Mapping[Digest, str] = field(default_factory=dict)
     used_by: Sequence[str] = ()
+    loading: str = ""
+    links: Mapping[Digest, str] = field(default_factory=dict)  # to pages of what no name means
+    alike: Sequence[str] = ()
+    at: str = ""  # the revision, where it is not the head
+    spectrum: str = ""
+    lineage: str = ""
 
 
-def repository(shown: Shown, endpoint: str) -> str:
+def repository(shown: Shown) -> str:
     """The page of one repository."""
     found, revision, manifest, layout = shown.repository, shown.revision, shown.manifest, shown.layout
-    left = [_card(shown.card), _targets(manifest, layout), _files(found, revision)]
-    right = [_loading(found, manifest, endpoint), _lineage(manifest, shown.names), _used_by(shown.used_by)]
-    right.append(_digests(revision, manifest))
+    left = [shown.card, _targets(manifest, layout), shown.spectrum, _files(found, revision)]
+    drawn = f"<h2>Lineage</h2>{shown.lineage}" if shown.lineage else ""
+    right = [shown.loading, drawn, _lineage(manifest, shown.names, shown.links), _used_by(shown.used_by)]
+    right.append(_digests(revision, manifest, shown.alike))
     private = " <span class=quiet>private</span>" if found.record.private else ""
-    head = f"<h1>{text(found.id)}{private}</h1>{_facts(found, revision, manifest, layout)}"
+    at = f" <span class=quiet>at {text(shown.at[:60])}</span>" if shown.at else ""
+    title = f"<h1><a class=title href='/{quote(found.id)}'>{text(found.id)}</a>{private}{at}</h1>"
+    head = f"{title}{_facts(found, revision, manifest, layout)}"
     return f"{head}<div class=split><div>{''.join(left)}</div><div>{''.join(right)}</div></div>"
-
-
-def size(count: int) -> str:
-    """Bytes, in three digits."""
-    number, unit = float(count), 0
-    while number >= 999.5 and unit < len(_UNITS) - 1:
-        number, unit = number / 1000, unit + 1
-    return f"{number:.3g} {_UNITS[unit]}"
-
-
-def _row(found: Repository, manifest: Manifest | None, revision: Revision) -> str:
-    facts = []
-    if manifest is not None:
-        facts = [f"for {manifest.base_name}" if manifest.base_name else "", f"{manifest.parameters:,} parameters"]
-        facts += [size(manifest.size), manifest.derivation.operation if manifest.derivation else ""]
-    when = describe.iso(revision.commit.author.time)[:10] if revision.commit.author.time else ""
-    said = " · ".join(text(fact) for fact in (*facts, when) if fact)
-    private = " <span class=quiet>private</span>" if found.record.private else ""
-    return (
-        f"<li><a class=title href='/{quote(found.id)}'>{text(found.id)}</a>{private}"
-        f"<div class=quiet>{said or 'no adapter at its root'}</div></li>"
-    )
-
-
-def _nothing(words: str) -> str:
-    if words:
-        return f"<h1>No match</h1><p class=quiet>Nothing that you may see is called {text(words)}.</p>"
-    return "<h1>No adapters yet</h1><p class=quiet>Nothing here that you may see. Push the first one:</p>" + copyable(
-        "loraforge serve user add me\nHF_ENDPOINT=... HF_TOKEN=... hf upload me/french ./french"
-    )
 
 
 def _facts(found: Repository, revision: Revision, manifest: Manifest | None, layout: Layout | None) -> str:
@@ -95,15 +63,18 @@ def _facts(found: Repository, revision: Revision, manifest: Manifest | None, lay
                 f"{len(layout.targets)} targets",
             ]
         facts += [f"{manifest.parameters:,} parameters", size(manifest.size)]
-    facts += [f"branches {', '.join(found.record.branches)}"]
-    facts += [f"tags {', '.join(found.record.tags)}"] if found.record.tags else []
-    facts += [f"commit {revision.id[:12]}"]
-    return f"<ul class=facts>{''.join(f'<li>{text(fact[:200])}</li>' for fact in facts)}</ul>"
+    said = [text(fact[:200]) for fact in facts]
+    if manifest is not None and manifest.base_name:
+        said[0] = f"base {for_base(manifest.base_name)}"
+    for kind, named in (("branch", found.record.branches), ("tag", found.record.tags)):
+        said += [_named(found, kind, name) for name in sorted(named)[:MAX_NAMES]]
+        said += [f"and {len(named) - MAX_NAMES} more"] if len(named) > MAX_NAMES else []
+    said += [f"commit {revision.id[:12]}"]
+    return f"<ul class=facts>{''.join(f'<li>{fact}</li>' for fact in said)}</ul>"
 
 
-def _card(card: str | None) -> str:
-    said = "" if card is None else _FRONT_MATTER.sub("", card, count=1).strip()
-    return markdown(said) if said else ""
+def _named(found: Repository, kind: str, name: str) -> str:
+    return f"{kind} <a href='/{quote(found.id)}/tree/{quote(name, safe='')}'>{text(name)}</a>"
 
 
 def _targets(manifest: Manifest | None, layout: Layout | None) -> str:
@@ -112,7 +83,7 @@ def _targets(manifest: Manifest | None, layout: Layout | None) -> str:
         return ""
     kinds: dict[str, list[str]] = {}
     for name in layout.targets:
-        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     errors = _errors(manifest)
     rows = []
     for kind, names in sorted(kinds.items())[:MAX_ROWS]:
@@ -156,49 +127,38 @@ def _files(found: Repository, revision: Revision) -> str:
     return f"<h2>Files</h2>{table(['file', 'size>', 'sha256'], rows)}{more}"
 
 
-def _loading(found: Repository, manifest: Manifest | None, endpoint: str) -> str:
-    if manifest is None:
-        return ""
-    base = json.dumps(manifest.base_name or "BASE", ensure_ascii=False)  # a literal: people paste and run this
-    # only the adapter is here: with HF_ENDPOINT the base would be looked for here, too
-    peft = (
-        "from huggingface_hub import snapshot_download\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-        f'folder = snapshot_download("{found.id}", endpoint={json.dumps(endpoint)})\n'
-        "model = PeftModel.from_pretrained(base, folder)"
-    )
-    shell = copyable(f"HF_ENDPOINT={endpoint} loraforge pull hf://{found.id}") if "/" in found.id else ""
-    return f"<h2>Load it</h2>{copyable(peft)}{shell}"
-
-
-def _lineage(manifest: Manifest | None, names: Mapping[Digest, str]) -> str:
+def _lineage(manifest: Manifest | None, names: Mapping[Digest, str], links: Mapping[Digest, str]) -> str:
     if manifest is None or manifest.derivation is None:
         return ""
-    return f"<h2>Made from</h2>{''.join(_derivation(manifest.derivation, names, 0))}"
+    return f"<h2>Made from</h2>{''.join(_derivation(manifest.derivation, names, links, 0))}"
 
 
-def _derivation(derivation: Derivation, names: Mapping[Digest, str], depth: int) -> Iterator[str]:
+def _derivation(
+    derivation: Derivation, names: Mapping[Digest, str], links: Mapping[Digest, str], depth: int
+) -> Iterator[str]:
     of = " of" if derivation.inputs else ""
     yield f"<div><code>{text(derivation.operation[:60])}</code>{of}</div><ul class=line>"
     for item in derivation.inputs[:MAX_ROWS]:
         weight = f"{item.weight:g} &times; " if item.weight != 1 else ""
         yield f"<li>{weight}"
         if isinstance(item.source, Derivation):
-            yield from _derivation(item.source, names, depth + 1) if depth < MAX_DEPTH else "…"
+            yield from _derivation(item.source, names, links, depth + 1) if depth < MAX_DEPTH else "…"
         else:
-            yield _source(item.source, names)
+            yield _source(item.source, names, links)
         yield "</li>"
     yield "</ul>"
 
 
-def _source(source: Artifact | Digest, names: Mapping[Digest, str]) -> str:
+def _source(source: Artifact | Digest, names: Mapping[Digest, str], links: Mapping[Digest, str]) -> str:
     digest = source.digest if isinstance(source, Artifact) else source
     name = names.get(digest)
     if name is not None:
         return f"<a href='/{quote(name)}'>{text(name)}</a>"
     what = "artifact" if isinstance(source, Artifact) else "content"
-    return f"<span class=quiet>{what}</span> <code>{digest.short}</code>"
+    shown = f"<code>{digest.short}</code>"
+    if digest in links:
+        shown = f"<a href='{links[digest]}'>{shown}</a>"
+    return f"<span class=quiet>{what}</span> {shown}"
 
 
 def _used_by(names: Sequence[str]) -> str:
@@ -208,8 +168,30 @@ def _used_by(names: Sequence[str]) -> str:
     return f"<h2>Used by</h2><ul class=line>{items}</ul>"
 
 
-def _digests(revision: Revision, manifest: Manifest | None) -> str:
+def _digests(revision: Revision, manifest: Manifest | None, alike: Sequence[str]) -> str:
     if manifest is None:
         return ""
     said = copyable(f"artifact  {revision.commit.adapter}\ncontent   {manifest.content_id}")
-    return f"<h2>Digests</h2>{said}"
+    if len(alike) < 2:
+        return f"<h2>Digests</h2>{said}"
+    where = f"<a href='/-/at/{manifest.content_id.hex}'>{len(alike)} repositories</a>"
+    return f"<h2>Digests</h2>{said}<p class=quiet>There is the same content in {where}.</p>"
+
+
+def places(digest: Digest, found: Sequence[Place], what: str) -> str:
+    """The page of an artifact, or of a content, that is in several places."""
+    rows = "".join(
+        f"<li><a class=title href='{place.href}'>{text(place.repository.id)}</a>"
+        f"<div class=quiet>{_where(place)} · artifact <code>{place.artifact.short}</code></div></li>"
+        for place in found[:MAX_PLACES]
+    )
+    more = f"<p class=quiet>and {len(found) - MAX_PLACES} more</p>" if len(found) > MAX_PLACES else ""
+    title = f"<h1>{what}, in {count(len(found), 'place', 'places')}</h1>"
+    return f"{title}<p class=quiet><code>{digest}</code></p><ul class=list>{rows}</ul>{more}"
+
+
+def _where(place: Place) -> str:
+    if place.revision is None:
+        return "at its head"
+    commit = len(place.revision) == 40 and place.repository.record.named(place.revision) is None
+    return f"at the commit {place.revision[:12]}" if commit else f"at {text(place.revision)}"

@@ -14,6 +14,7 @@ from loraforge_registry.records import decode_record
 from loraforge_registry.repositories import (
     CommitRecord,
     CommittedFile,
+    Outline,
     RepositoryRecord,
     encode_commit,
     encode_repository,
@@ -91,7 +92,7 @@ def test_an_outline_is_what_a_whole_reading_says():
     first = commit()
     second = replace(first, parent=Digest.of(encode_commit(first)), parent_id=first.id)
     for made in (first, second):
-        assert outline(encode_commit(made)) == (made.id, made.parent)
+        assert outline(encode_commit(made)) == Outline(made.id, made.parent, made.adapter, made.author.time)
     assert outline(encode_repository(RepositoryRecord("me/x", 0))) is None
 
 
