@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from loraforge_registry import hub_record as record
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, NotFoundError, RemoteError
 from loraforge_registry.git import git_id
 from loraforge_registry.manifest import encode_manifest
-from loraforge_registry.remotes import http, record
+from loraforge_registry.remotes import http
 from loraforge_registry.store import Store
 from tests.bad_files import config, pair, safetensors_bytes, tensors, write_adapter
 from tests.hostile_hub import TOKEN, running_hub
