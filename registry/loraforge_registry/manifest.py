@@ -162,7 +162,11 @@ def decode_manifest(data: bytes) -> Manifest:
     Raises:
         ManifestError: not canonical, a field missing, unknown or of a wrong type, or a newer schema.
     """
-    fields = typed("manifest", canonical.decode(data), dict)
+    return manifest_of(typed("manifest", canonical.decode(data), dict))
+
+
+def manifest_of(fields: dict[str, Value]) -> Manifest:
+    """Read a manifest that was unpacked (``decode_manifest``)."""
     check_schema(fields.get("schema"), SCHEMA)
     keys("manifest", fields, "schema base content_id derivation files report tensors")
     base = mapping("base", fields["base"], "name revision")

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from loraforge_registry import canonical, objects
+from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ManifestError
 from loraforge_registry.fields import typed
 from loraforge_registry.files import Files
-from loraforge_registry.manifest import Manifest, decode_manifest
-from loraforge_registry.repositories import decode_commit, decode_repository
-from loraforge_registry.trees import decode_tree
+from loraforge_registry.manifest import Manifest, manifest_of
+from loraforge_registry.repositories import commit_of, repository_of
+from loraforge_registry.trees import tree_of
 
 
 class Record(Protocol):
@@ -29,13 +30,13 @@ class Record(Protocol):
         """The records that are kept as far as they are there."""
 
 
-KINDS: Mapping[str, Callable[[bytes], Record]] = {
-    "loraforge.adapter": decode_manifest,
-    "loraforge.commit": decode_commit,
-    "loraforge.repository": decode_repository,
-    "loraforge.tree": decode_tree,
+KINDS: Mapping[str, Callable[[dict[str, Value]], Record]] = {
+    "loraforge.adapter": manifest_of,
+    "loraforge.commit": commit_of,
+    "loraforge.repository": repository_of,
+    "loraforge.tree": tree_of,
 }
-"""How each schema is read; each decoder checks its number."""
+"""How each schema is read; each reader checks its number."""
 
 
 def decode_record(data: bytes) -> Record:
@@ -44,9 +45,10 @@ def decode_record(data: bytes) -> Record:
     Raises:
         ManifestError: not canonical, of no kind that is known here, or not as its kind should be.
     """
-    schema = typed("record", canonical.decode(data), dict).get("schema")
+    fields = typed("record", canonical.decode(data), dict)
+    schema = fields.get("schema")
     kind = schema.rpartition("/")[0] if isinstance(schema, str) else ""
-    return KINDS.get(kind, decode_manifest)(data)
+    return KINDS.get(kind, manifest_of)(fields)
 
 
 class Records:

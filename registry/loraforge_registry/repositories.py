@@ -112,7 +112,7 @@ class RepositoryRecord:
 
 
 def encode_commit(commit: CommitRecord) -> bytes:
-    """Return the canonical bytes; ``decode_commit(encode_commit(c)) == c``.
+    """Return the canonical bytes; ``decode_record(encode_commit(c)) == c``.
 
     Raises:
         ManifestError: a path that cannot be one, or too many.
@@ -133,13 +133,12 @@ def encode_commit(commit: CommitRecord) -> bytes:
     )
 
 
-def decode_commit(data: bytes) -> CommitRecord:
-    """Read the record of a commit.
+def commit_of(fields: dict[str, Value]) -> CommitRecord:
+    """Read the record of a commit that was unpacked.
 
     Raises:
-        ManifestError: not canonical, of another schema, or its id is not that of what it holds.
+        ManifestError: of another schema, or its id is not that of what it holds.
     """
-    fields = typed("commit", canonical.decode(data), dict)
     check_schema(fields.get("schema"), COMMIT_SCHEMA)
     keys("commit", fields, "schema adapter author files id message parent parent_id time")
     listed = [_file(entry) for entry in typed("files", fields["files"], list)]
@@ -166,7 +165,7 @@ def outline(data: bytes) -> Outline | None:
 
     For walking along a history whose records have the digests under which they were checked when they were written.
 
-    Cost: a tenth of ``decode_commit``.
+    Cost: a tenth of ``commit_of``.
     """
     fields = msgpack.unpackb(data)
     if fields.get("schema") != COMMIT_SCHEMA:
@@ -178,7 +177,7 @@ def outline(data: bytes) -> Outline | None:
 
 
 def encode_repository(repository: RepositoryRecord) -> bytes:
-    """Return the canonical bytes; ``decode_repository(encode_repository(r)) == r``."""
+    """Return the canonical bytes; ``decode_record(encode_repository(r)) == r``."""
     return canonical.encode(
         {
             "schema": SCHEMA,
@@ -191,13 +190,12 @@ def encode_repository(repository: RepositoryRecord) -> bytes:
     )
 
 
-def decode_repository(data: bytes) -> RepositoryRecord:
-    """Read the record of a repository.
+def repository_of(fields: dict[str, Value]) -> RepositoryRecord:
+    """Read the record of a repository that was unpacked.
 
     Raises:
-        ManifestError: not canonical, of another schema, or with a field missing, unknown or of a wrong type.
+        ManifestError: of another schema, or with a field missing, unknown or of a wrong type.
     """
-    fields = typed("repository", canonical.decode(data), dict)
     check_schema(fields.get("schema"), SCHEMA)
     keys("repository", fields, "schema branches created id private tags")
     return RepositoryRecord(

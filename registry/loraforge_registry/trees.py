@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from loraforge_registry import canonical
+from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ManifestError, NotFoundError, ReferenceSyntaxError
 from loraforge_registry.fields import check_schema, keys, mapping, raw_digest, typed
@@ -42,7 +43,7 @@ class TreeRecord:
 
 
 def encode_tree(tree: TreeRecord) -> bytes:
-    """Return the canonical bytes; ``decode_tree(encode_tree(t)) == t``.
+    """Return the canonical bytes; ``decode_record(encode_tree(t)) == t``.
 
     Raises:
         ManifestError: a path that cannot be one, whose parent is not there, or too many.
@@ -57,13 +58,12 @@ def encode_tree(tree: TreeRecord) -> bytes:
     )
 
 
-def decode_tree(data: bytes) -> TreeRecord:
-    """Read the record of a tree.
+def tree_of(fields: dict[str, Value]) -> TreeRecord:
+    """Read the record of a tree that was unpacked.
 
     Raises:
-        ManifestError: not canonical, a field missing, unknown or of a wrong type, a newer schema, or no tree.
+        ManifestError: a field missing, unknown or of a wrong type, a newer schema, or no tree.
     """
-    fields = typed("tree", canonical.decode(data), dict)
     check_schema(fields.get("schema"), SCHEMA)
     keys("tree", fields, "schema base nodes")
     base = mapping("base", fields["base"], "digest name")

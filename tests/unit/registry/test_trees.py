@@ -11,9 +11,9 @@ from loraforge_registry.errors import ConflictError, FormatError, ManifestError,
 from loraforge_registry.ingest import open_adapter
 from loraforge_registry.manifest import Artifact, Derivation, Input
 from loraforge_registry.names import RefName
-from loraforge_registry.records import by_need
+from loraforge_registry.records import by_need, decode_record
 from loraforge_registry.store import Store
-from loraforge_registry.trees import TreeRecord, decode_tree, encode_tree
+from loraforge_registry.trees import TreeRecord, encode_tree
 from tests.bad_files import tensors, write_adapter
 
 BASE = Digest.of(b"a base")
@@ -49,7 +49,7 @@ def tree(store, tmp_path) -> TreeRecord:
 def test_a_tree_has_one_spelling_and_comes_back(store, tree):
     digest = store.resolve("law-tree")
     assert store.tree(digest) == tree
-    assert decode_tree(encode_tree(tree)) == tree
+    assert decode_record(encode_tree(tree)) == tree
     assert store.put_tree(tree, TREE, expected=digest, what="again") == digest
     assert [move.what for move in store.reflog("law-tree")] == ["tree grow"]
 
@@ -121,7 +121,7 @@ def test_paths_that_are_none_are_refused(nodes):
 def test_records_that_are_no_trees_are_refused(tree, change):
     fields = decode(encode_tree(tree))
     with pytest.raises(ManifestError):
-        decode_tree(encode({**fields, **change}))
+        decode_record(encode({**fields, **change}))
 
 
 def test_a_check_finds_what_a_tree_needs_and_a_repair_brings_it_back(store, tree, tmp_path):
