@@ -46,6 +46,10 @@ class Matcher:
         self._left = TIME_LIMIT
         self._compile = functools.cache(_compile)
 
+    def check(self, pattern: str) -> None:
+        """Refuse what is no regular expression on its own: it could close the group that it is put into."""
+        self._compile(pattern)
+
     def full_match(self, pattern: str, name: str) -> bool:
         """Whether the regular expression ``pattern`` describes the whole of ``name``."""
         return self._run("fullmatch", pattern, name) is not None
@@ -54,7 +58,7 @@ class Matcher:
         """Return the layer number in ``name`` as PEFT finds it for layers_to_transform, or None."""
         patterns = list(layers_patterns)
         for pattern in patterns:
-            self._compile(pattern)  # on its own: it must not close the group that it is put into
+            self.check(pattern)
         rules = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         for rule in rules:
             match = self._run("match", rule, name)
@@ -119,29 +123,33 @@ class PatternTable(Generic[V]):
         self._values = list(patterns.values())
         self._matcher = matcher
         self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
-        self._regular: list[tuple[int, str]] = []
+        self._regular: list[tuple[int, str]] = []  # keys with their places
         for place, key in enumerate(patterns):
             if is_plain(key):
                 dots = tuple(i for i, character in enumerate(key) if character == ".")
                 self._plain.setdefault(len(key), {}).setdefault(dots, {})[key] = place
             else:
-                self._regular.append((place, rf"(.*\.)?({key})"))
+                self._regular.append((place, key))
 
     def find(self, name: str, default: V) -> V:
         """Return the value for ``name``."""
         first = min(self.plain_matches(name), default=len(self._values))
-        for place, rule in self._regular:
+        for place, key in self._regular:
             if place > first:
                 break
-            if self._matcher.full_match(rule, name):
+            if self._fits(key, name):
                 return self._values[place]
         return self._values[first] if first < len(self._values) else default
 
     def unmatched(self, names: Collection[str]) -> list[str]:
         """Return the keys that match none of ``names``."""
         matched = {place for name in names for place in self.plain_matches(name)}
-        matched |= {p for p, rule in self._regular if any(self._matcher.full_match(rule, name) for name in names)}
+        matched |= {place for place, key in self._regular if any(self._fits(key, name) for name in names)}
         return [key for place, key in enumerate(self._keys) if place not in matched]
+
+    def _fits(self, key: str, name: str) -> bool:
+        self._matcher.check(key)
+        return self._matcher.full_match(rf"(.*\.)?({key})", name)
 
     def plain_matches(self, name: str) -> Iterator[int]:
         """Yield the places of the plain keys that match."""

@@ -56,6 +56,7 @@ NO_READERS = {
         "steps_to",
         "_spell",
         "derivation_as_json",
+        "decode_manifest",
     },
     "ref": {"list_refs", "move_ref", "restore_ref", "_publish", "_spell"},
     "names": {"Digest.from_raw", "Digest.of", "Digest.raw", "Digest.short"},

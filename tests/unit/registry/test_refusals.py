@@ -488,6 +488,8 @@ ATTACKS = [
     *(attack(push, KeyMismatchError, *row) for row in ADAPTERS),
     attack(push, ConfigError, "A18 a pattern of 1 MB", {"settings": config(target_modules="a" * 1_000_000)},
      "a pattern of 1000000 characters; the limit is 8192"),
+    attack(push, ConfigError, "A18 a key that closes its group", {"settings": config(rank_pattern={")|x(": 2})},
+           "')|x(' is not a regular expression: unbalanced parenthesis at position 0"),
     attack(push, ConfigError, "A18 a pattern that runs away",
            {"settings": config(target_modules="(a|a)*(a|a)*$"), "weights": pair("a" * 40 + "!")},
            f"'(a|a)*(a|a)*$' took too long to match against '{'a' * 40}!'"),
