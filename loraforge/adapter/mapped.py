@@ -12,7 +12,7 @@ from loraforge.adapter.tensors import DTYPES
 from loraforge.errors import HeaderError
 from loraforge_registry.header import Header, TensorEntry
 
-_PAGE = mmap.PAGESIZE
+_AROUND = max(64 * 1024, mmap.PAGESIZE)  # what Linux maps around a page that is read, neighbours' pages as well
 _MAPPINGS: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()  # by address
 _LOCK = threading.Lock()  # adapters may be opened in one thread while another looks for its mappings
 _EXPENDABLE: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
@@ -47,9 +47,10 @@ def discard(tensor: Tensor) -> None:
     """
     for address, mapping in _mapping_of(tensor):
         if mapping in _EXPENDABLE:
-            begin = (tensor.data_ptr() - address) // _PAGE * _PAGE
-            end = min(tensor.data_ptr() - address + tensor.numel() * tensor.itemsize, len(mapping))
-            mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
+            first = max(begin // _AROUND * _AROUND - address, 0)
+            last = min(-(-end // _AROUND) * _AROUND - address, len(mapping))
+            mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _mapping_of(tensor: Tensor) -> list[tuple[int, mmap.mmap]]:

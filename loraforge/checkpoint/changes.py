@@ -64,7 +64,7 @@ class Change(Protocol):
         """Return an estimate of the original of a new block, the same bits everywhere."""
         ...
 
-    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+    def target(self, block: Tensor, rows: slice, space: Allocate) -> Tensor | None:
         """Return what the new values stand for, in float64, where they are rounded from something."""
         ...
 
@@ -149,10 +149,11 @@ class Sum:
         """Return ``RN(W' - dW)``."""
         return rounded_sum(block, self.delta.rows(rows).negated(), block.dtype, space).values
 
-    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+    def target(self, block: Tensor, rows: slice, space: Allocate) -> Tensor | None:
         """Return ``W + dW``."""
         product = self.delta.rows(rows)
-        return torch.addmm(block.to(torch.float64), product.left.to(torch.float64), product.right.a)
+        target = space("target", torch.float64, (block.shape[0], block.shape[1])).copy_(block)
+        return target.addmm_(product.left.to(torch.float64), product.right.a)
 
     def release(self) -> None:
         """Forget the factors."""
@@ -221,8 +222,9 @@ class Dora:
         wide = torch.nan_to_num(block.to(torch.float64) * inverse, posinf=0, neginf=0)
         return rounded_sum(wide, self.delta.rows(rows).negated(), block.dtype, space).values
 
-    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+    def target(self, block: Tensor, rows: slice, space: Allocate) -> Tensor | None:  # noqa: ARG002 - see below
         """Return ``f T``."""
+        # not in ``space``, where the new values may lie
         return self._scaled(block, rows, Workspace())
 
     def release(self) -> None:
@@ -262,7 +264,7 @@ class Replaced:
         """Return the new values: a trained tensor is near the one it began as."""
         return block
 
-    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+    def target(self, block: Tensor, rows: slice, space: Allocate) -> Tensor | None:
         """Return nothing: these values are what they are."""
 
     def release(self) -> None:
@@ -294,7 +296,7 @@ class Rows:
         """Return the new values."""
         return block
 
-    def target(self, block: Tensor, rows: slice) -> Tensor | None:
+    def target(self, block: Tensor, rows: slice, space: Allocate) -> Tensor | None:
         """Return nothing: these values are what they are."""
 
     def release(self) -> None:

@@ -199,7 +199,7 @@ class _Pass:
         if self.checked:
             check_finite(self.job.tensor, block, outcome, rows)
         if measured:
-            self.fidelity += _fidelity(change, block, outcome.values, rows)
+            self.fidelity += _fidelity(change, block, outcome.values, rows, self.space)
         if outcome.back is not None:
             self.record.add(rows.start * self.columns, *outcome.back)
         return outcome.values
@@ -246,15 +246,17 @@ def check_finite(tensor: TensorAt, block: Tensor, outcome: Outcome, rows: slice)
     raise NumericalError(f"{where}: {before:g} would become {after}, beyond what {tensor.entry.dtype} can hold")
 
 
-def _fidelity(change: Change, block: Tensor, values: Tensor, rows: slice) -> Fidelity:
+def _fidelity(change: Change, block: Tensor, values: Tensor, rows: slice, space: Workspace) -> Fidelity:
     """Measure how a block fared on some of its rows, evenly spread."""
     step = -(-block.numel() // SAMPLE)
     old, new = block[::step], values[::step]
     changed = int(np.count_nonzero(bits_of(old) != bits_of(new)))
-    target = change.target(old, slice(rows.start, rows.stop, step))
+    target = change.target(old, slice(rows.start, rows.stop, step), space)
     if target is None:
         return Fidelity(changed=changed, measured=old.numel())
-    return Fidelity(_square(target - old), _square(target - new), changed, old.numel())
+    wide = space("sample", torch.float64, (old.shape[0], old.shape[1]))
+    wanted, lost = (_square(torch.sub(target, wide.copy_(side), out=wide)) for side in (old, new))
+    return Fidelity(wanted, lost, changed, old.numel())
 
 
 def _square(numbers: Tensor) -> float:
