@@ -117,16 +117,20 @@ class LowRankSum:
 
     def _left(self, rows: slice) -> Tensor:
         parts = [term.rows_factor[rows].to(torch.float64).mul_(term.coefficient) for term in self.terms]
-        return torch.cat(parts, dim=1)
+        return _joined(parts, dim=1)
 
     def _read(self) -> tuple[Columns, float, "Left | None"]:
-        right = Columns(torch.cat([term.columns.to(torch.float64) for term in self.terms]))
+        right = Columns(_joined([term.columns.to(torch.float64) for term in self.terms], dim=0))
         norms = [abs(term.coefficient) * column_norm(term.rows_factor.T) for term in self.terms]
         b_norm = math.hypot(*norms) * (1 + 1e-9)
         if not math.isfinite(right.norm * b_norm):
             raise NumericalError(f"the update of {self.name!r} is beyond what float64 can hold")
         size = self.terms[0].rows_factor.shape[0] * right.a.shape[0]
         return right, b_norm, Left.of(self._left(slice(None))) if size <= _KEPT else None
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=dim)
 
 
 @dataclass

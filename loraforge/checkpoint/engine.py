@@ -29,7 +29,7 @@ from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import NumericalError
 from loraforge_registry.digest import Digest
 
-BLOCK = 5 << 18  # elements: what a thread holds, and hands to the kernel, at a time
+BLOCK = 1 << 20  # elements: what a thread holds, and hands to the kernel, at a time
 MEASURED = 2  # blocks of a tensor, evenly spread, in which fidelity is measured
 SAMPLE = 65_536  # elements of such a block, in rows evenly spread: rows differ, so a few would say little
 MAX_WORKERS = 4

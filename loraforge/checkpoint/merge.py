@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int], object]
 """Called with the number of bytes that have just been done."""
 
-_KEY = "loraforge.merge/3"  # another number where equal inputs would give other bytes
+_KEY = "loraforge.merge/4"  # another number where equal inputs would give other bytes
 
 
 def merge(
