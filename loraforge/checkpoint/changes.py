@@ -116,7 +116,7 @@ class LowRankSum:
             discard(term.columns)
 
     def _left(self, rows: slice) -> Tensor:
-        parts = [term.rows_factor[rows].to(torch.float64).mul_(term.coefficient) for term in self.terms]
+        parts = [term.rows_factor[rows].to(torch.float64) * term.coefficient for term in self.terms]
         return _joined(parts, dim=1)
 
     def _read(self) -> tuple[Columns, float, "Left | None"]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,27 @@ def test_powers_of_two_whose_lower_neighbour_is_nearer(dtype, home):
         lf.merge(base, adapter, home / f"merged {ratio}")
         lf.unmerge(home / f"merged {ratio}", home / f"back {ratio}", adapters=[adapter])
         assert weights(home / f"back {ratio}") == weights(base)
+
+
+@pytest.mark.parametrize("kind", NAMES.values(), ids=list(NAMES))
+@pytest.mark.parametrize("rank", [1, 4])
+def test_an_adapter_is_only_read(kind, rank, home):
+    """Of whatever type its factors are; that of the sums as well."""
+    tensors = a_base(torch.bfloat16)
+    base = write_base(home / "base", tensors)
+    pairs = {
+        target: replace(pair, a=pair.a.to(kind), b=pair.b.to(kind))
+        for target, pair in adapter_for(tensors, 0.1, rank).targets.items()
+    }
+    adapter = Adapter(pairs)
+    factors = {target: (raw(pair.a), raw(pair.b)) for target, pair in pairs.items()}
+    for out in ("once", "twice"):
+        lf.merge(base, [(adapter, 0.3)], home / out)
+        assert {target: (raw(pair.a), raw(pair.b)) for target, pair in pairs.items()} == factors
+        exact = tensors[Q].double() + 0.3 * pairs[TOUCHED[0]].delta()
+        torch.testing.assert_close(read_tensors(home / out)[Q].double(), exact, rtol=2**-8, atol=0)
+    lf.unmerge(home / "once", home / "back", adapters=[adapter])
+    assert weights(home / "back") == weights(base)
 
 
 def every_kind_of_change():
