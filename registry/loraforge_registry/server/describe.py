@@ -11,8 +11,10 @@ from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.facts import Facts
 from loraforge_registry.manifest import Manifest
 from loraforge_registry.repositories import CommitRecord, CommittedFile
+from loraforge_registry.server.forest import facts_at
 from loraforge_registry.server.hub import Hub
-from loraforge_registry.server.repos import MAIN, Repository, Revision, facts_of, history
+from loraforge_registry.server.repos import MAIN, Repository, Revision, history
+from loraforge_registry.trees import TreeFacts
 
 
 def iso(seconds: int) -> str:
@@ -39,7 +41,7 @@ def model(hub: Hub, repository: Repository, revision: Revision, *, blobs: bool =
 
 def summary(hub: Hub, repository: Repository, revision: Revision) -> dict[str, object]:
     """A repository in a list."""
-    facts = facts_at(hub, revision)
+    facts = facts_at(hub, revision.commit)
     return {
         "_id": hashlib.sha256(repository.name.encode()).hexdigest()[:24],
         "id": repository.id,
@@ -58,12 +60,6 @@ def summary(hub: Hub, repository: Repository, revision: Revision) -> dict[str, o
     }
 
 
-def facts_at(hub: Hub, revision: Revision) -> Facts | None:
-    """A few facts about the adapter that a revision is, if it is one."""
-    adapter = revision.commit.adapter
-    return None if adapter is None else facts_of(hub, adapter)
-
-
 def base_of(hub: Hub, commit: CommitRecord) -> Manifest | None:
     """The adapter that a commit is, if it is one."""
     return None if commit.adapter is None else adapter_at(hub, commit.adapter)
@@ -78,11 +74,11 @@ def adapter_at(hub: Hub, digest: Digest) -> Manifest | None:
     return found if isinstance(found, Manifest) else None
 
 
-def tags_of(facts: Facts | None) -> list[str]:
-    """What the Hub tags an adapter with."""
+def tags_of(facts: Facts | TreeFacts | None) -> list[str]:
+    """What the Hub tags an adapter with, and a tree of them."""
     if facts is None:
         return []
-    base = [] if facts.base is None else [f"base_model:adapter:{facts.base}"]
+    base = [] if not facts.base else [f"base_model:adapter:{facts.base}"]
     return ["peft", "safetensors", "lora", *base]
 
 
