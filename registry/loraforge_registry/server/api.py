@@ -93,10 +93,10 @@ def models(hub: Hub, call: Call) -> Response:
     for repository in repos.everything(hub, call.user):
         if not _matches_id(repository, call):
             continue
-        revision = repos.resolve(hub, repository, head_of(repository))
-        said = describe.summary(hub, repository, revision)
+        at = repos.outline_of(hub, repository.record.branches[head_of(repository)])
+        said = describe.summary(hub, repository, at)
         wanted = [word for text in parsed.get("filter", []) for word in text.split(",")]
-        if set(wanted) <= {*describe.tags_of(forest.facts_at(hub, revision.commit)), "model"}:
+        if set(wanted) <= {*describe.tags_of(forest.facts_at(hub, at)), "model"}:
             found.append(said)
     if call.query.get("sort") in ("lastModified", "createdAt", "last_modified", "created_at"):
         key = "createdAt" if "reated" in call.query["sort"] else "lastModified"

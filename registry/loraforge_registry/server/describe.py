@@ -10,7 +10,8 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.facts import Facts
 from loraforge_registry.manifest import Manifest
-from loraforge_registry.repositories import CommitRecord, CommittedFile
+from loraforge_registry.repositories import CommitRecord, CommittedFile, Outline
+from loraforge_registry.server import repos
 from loraforge_registry.server.forest import facts_at
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.repos import MAIN, Repository, Revision, history
@@ -32,24 +33,24 @@ def lfs(file: CommittedFile) -> dict[str, object] | None:
 def model(hub: Hub, repository: Repository, revision: Revision, *, blobs: bool = False) -> dict[str, object]:
     """A repository at one commit."""
     return {
-        **summary(hub, repository, revision),
+        **summary(hub, repository, repos.outline_of(hub, revision.digest)),
         "sha": revision.id,
         "siblings": [_sibling(path, file, blobs=blobs) for path, file in sorted(revision.commit.files.items())],
         "usedStorage": sum(revision.commit.blobs.values()),
     }
 
 
-def summary(hub: Hub, repository: Repository, revision: Revision) -> dict[str, object]:
-    """A repository in a list."""
-    facts = facts_at(hub, revision.commit)
+def summary(hub: Hub, repository: Repository, at: Outline) -> dict[str, object]:
+    """A repository at one commit, in a list."""
+    facts = facts_at(hub, at)
     return {
         "_id": hashlib.sha256(repository.name.encode()).hexdigest()[:24],
         "id": repository.id,
         "modelId": repository.id,
         "author": repository.id.partition("/")[0] if "/" in repository.id else None,
-        "sha": revision.id,
+        "sha": at.id,
         "createdAt": iso(repository.record.created),
-        "lastModified": iso(revision.commit.author.time),
+        "lastModified": iso(at.time),
         "private": repository.record.private,
         "gated": False,
         "disabled": False,

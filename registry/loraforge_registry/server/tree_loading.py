@@ -51,7 +51,7 @@ def _python(source: Source, tree: Tree, steps: Sequence[str]) -> str:
         "from huggingface_hub import snapshot_download\nfrom peft import PeftModel",
         "from transformers import AutoModelForCausalLM\n",
         *([] if alone else [f"path = {_list(steps)}"]),
-        f"base = AutoModelForCausalLM.from_pretrained({base})",
+        f"base = AutoModelForCausalLM.from_pretrained({base if len(base) < 20 else f'{chr(10)}    {base}{chr(10)}'})",
         f'folder = snapshot_download(\n    "{source.id}",\n{revision}    endpoint={json.dumps(source.endpoint)},',
         f"    allow_patterns={patterns},\n)",
     ]
