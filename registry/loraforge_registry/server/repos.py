@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from threading import Lock
 
 from loraforge_registry import git
 from loraforge_registry.digest import Digest
@@ -181,20 +180,17 @@ def revision_of(hub: Hub, digest: Digest) -> Revision:
     Raises:
         NotFoundError: it is not there.
     """
-    cached = _KNOWN.get(digest)
-    if cached is None:
-        with _LOADING:
-            cached = _KNOWN.get(digest) or _load_revision(hub, digest)
-            made = sum(map(len, cached.made.values()))
-            _KNOWN.put(digest, cached, 1 + len(cached.commit.files) + made // 400)
-    return cached
+    return _KNOWN.get_or(digest, lambda: _load_revision(hub, digest), _weight)
 
 
 # they never change: a digest is of all that they are
 _KNOWN = Recent[Digest, Revision](100_000)  # files of commits, all together
 _OUTLINES = Recent[Digest, Outline](100_000)
 _FACTS = Recent[Digest, Facts | TreeFacts](50_000)
-_LOADING = Lock()  # a server that begins is asked by all at once: each history is read once, not by every thread
+
+
+def _weight(revision: Revision) -> int:
+    return 1 + len(revision.commit.files) + sum(map(len, revision.made.values())) // 400
 
 
 def _load_revision(hub: Hub, digest: Digest) -> Revision:
@@ -255,15 +251,11 @@ def outline_of(hub: Hub, digest: Digest) -> Outline:
     Raises:
         NotFoundError: it is not there.
     """
-    cached = _OUTLINES.get(digest)
-    if cached is None:
-        with _LOADING:
-            cached = _OUTLINES.get(digest) or hub.refs.outline(digest)
-        if cached is None:
-            revision = revision_of(hub, digest)
-            cached = Outline(revision.id, None, revision.commit.adapter, revision.commit.author.time)
-        _OUTLINES.put(digest, cached, 1)
-    return cached
+    return _OUTLINES.get_or(digest, lambda: hub.refs.outline(digest) or _outline(revision_of(hub, digest)))
+
+
+def _outline(revision: Revision) -> Outline:
+    return Outline(revision.id, None, revision.commit.adapter, revision.commit.author.time)
 
 
 def known_of(hub: Hub, digest: Digest) -> Facts | TreeFacts | None:
