@@ -2,6 +2,7 @@
 
 from html import escape
 
+from loraforge_cli.output import many
 from loraforge_cli.tree_view import Shown, View
 from loraforge_registry.tree_figure import Card, figure
 
@@ -66,4 +67,4 @@ def _card(node: Shown) -> Card:
 def _base(tree: View) -> Card:
     name = tree.record.base_name
     short = name.rstrip("/").rpartition("/")[2] or name
-    return Card("", short, (f"the base · {len(tree.nodes)} nodes",), tip=name)
+    return Card("", short, (f"the base · {many(len(tree.nodes), 'node')}",), tip=name)
