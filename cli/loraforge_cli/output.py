@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import click
 
+from loraforge_registry.words import elide
+
 WIDTH = 80
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -37,14 +39,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         "  ".join(put(elide(cell, w), w) for put, cell, w in zip(align, row, widths, strict=True)).rstrip()
         for row in cells
     )
-
-
-def elide(text: str, width: int) -> str:
-    """Take the middle out of a text that is too long: module paths tell most at their ends."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) * 2 // 3
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def size(number: int) -> str:

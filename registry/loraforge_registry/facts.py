@@ -18,7 +18,8 @@ _A = (SUFFIXES["a"], SUFFIXES["embedding_a"])  # (rank, columns), whatever the l
 class Facts:
     """A few hundred bytes about an artifact, whose manifest may have a megabyte.
 
-    ``ranks`` are the smallest and the largest; ``made_from`` are artifacts, through values that were never stored.
+    ``ranks`` are the smallest and the largest; ``made_from`` are artifacts, through values that were never stored;
+    ``parent`` is what it was made atop; ``loss`` is that of its evaluation, else of its training.
     """
 
     content_id: Digest
@@ -28,6 +29,9 @@ class Facts:
     size: int
     operation: str | None
     made_from: tuple[Digest, ...]
+    targets: int = 0
+    parent: Digest | None = None
+    loss: float | None = None
 
 
 def facts_of(data: bytes) -> Facts | None:
@@ -50,7 +54,23 @@ def facts_of(data: bytes) -> Facts | None:
         size=sum(file["size"] for file in fields["files"]),
         operation=None if derivation is None else derivation["operation"],
         made_from=() if derivation is None else tuple(dict.fromkeys(_artifacts(derivation))),
+        targets=len(ranks),
+        parent=None if derivation is None else _parent(derivation),
+        loss=_loss(fields["report"] or {}),
     )
+
+
+def _parent(derivation: dict[str, Any]) -> Digest | None:
+    """As ``Derivation.parent``."""
+    said = derivation["parameters"].get("parent")
+    made_from = (item["artifact"] for item in derivation["inputs"] if "artifact" in item)
+    found = (each["digest"] for each in made_from if f"sha256:{each['content_id'].hex()}" == said)
+    return next((Digest.from_raw("sha256", raw) for raw in found), None)
+
+
+def _loss(report: dict[str, Any]) -> float | None:
+    loss = report.get("eval_loss", report.get("loss"))
+    return loss if isinstance(loss, float) else None
 
 
 def _artifacts(derivation: dict[str, Any]) -> Iterator[Digest]:

@@ -13,10 +13,9 @@ from loraforge_registry import canonical, strict_json
 from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError
-from loraforge_registry.manifest import SCHEMA, Manifest, decode_manifest, derivation_as_json
+from loraforge_registry.manifest import RECORD_FILE, SCHEMA, Manifest, decode_manifest, derivation_as_json
 from loraforge_registry.strict_json import Json
 
-RECORD_FILE = "loraforge.json"
 RECORD_SCHEMA = "loraforge.hub/1"
 MAX_RECORD = 16 * 1024 * 1024
 _KEYS = {

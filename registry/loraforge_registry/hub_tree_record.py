@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from loraforge_registry import strict_json
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError
-from loraforge_registry.hub_record import MAX_RECORD, RECORD_FILE, digest_of, fields_of, text_of
+from loraforge_registry.hub_record import MAX_RECORD, digest_of, fields_of, text_of
+from loraforge_registry.manifest import RECORD_FILE
 from loraforge_registry.strict_json import Json
 from loraforge_registry.trees import TreeRecord, encode_tree
 

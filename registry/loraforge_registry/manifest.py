@@ -14,6 +14,7 @@ SCHEMA = "loraforge.adapter/1"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 README_FILE = "README.md"
+RECORD_FILE = "loraforge.json"  # what a repository on a hub says of the artifact or tree at its root
 FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
 
 MAX_INPUTS = 10_000  # of one operation: each may be an artifact that every walk of the lineage looks for

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgpack
 
@@ -10,6 +11,7 @@ from loraforge_registry.canonical import Value
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ManifestError
 from loraforge_registry.fields import check_schema, integer, keys, mapping, raw_digest, typed
+from loraforge_registry.manifest import CONFIG_FILE, RECORD_FILE
 
 COMMIT_SCHEMA = "loraforge.commit/1"
 SCHEMA = "loraforge.repository/1"
@@ -56,6 +58,11 @@ class CommitRecord:
         return git.commit_id(tree, [self.parent_id] if self.parent_id else [], self.author, self.message)
 
     @property
+    def stated(self) -> CommittedFile | None:
+        """The record at its root where no adapter is there: it may be that of a tree (SPEC.md section 15)."""
+        return None if CONFIG_FILE in self.files else self.files.get(RECORD_FILE)
+
+    @property
     def blobs(self) -> Mapping[Digest, int]:
         """Its files."""
         return {file.digest: file.size for file in self.files.values()}
@@ -73,12 +80,13 @@ class CommitRecord:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What a walk along a history needs of a commit."""
+    """What a walk along a history needs of a commit; ``stated`` is as that of ``CommitRecord``."""
 
     id: str
     parent: Digest | None
     adapter: Digest | None
     time: int
+    stated: CommittedFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +181,17 @@ def outline(data: bytes) -> Outline | None:
     parent, adapter = (
         None if raw is None else Digest("sha256", raw.hex()) for raw in (fields["parent"], fields["adapter"])
     )
-    return Outline(fields["id"].hex(), parent, adapter, fields["time"])
+    return Outline(fields["id"].hex(), parent, adapter, fields["time"], None if adapter else _stated(fields["files"]))
+
+
+def _stated(files: list[dict[str, Any]]) -> CommittedFile | None:
+    """As ``CommitRecord.stated``."""
+    found = {row["path"]: row for row in files if row["path"] in (CONFIG_FILE, RECORD_FILE)}
+    row = None if CONFIG_FILE in found else found.get(RECORD_FILE)
+    if row is None:
+        return None
+    blob = row["blob"]
+    return CommittedFile(Digest("sha256", row["digest"].hex()), row["size"], None if blob is None else blob.hex())
 
 
 def encode_repository(repository: RepositoryRecord) -> bytes:

@@ -16,7 +16,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 def base_on_hub(manifest: Manifest) -> str | None:
     """The base's id on the Hub; a path on somebody's disk is none."""
     name = manifest.base_name
-    return name if name is not None and _HUB_ID.fullmatch(name) else None
+    return name if name is not None and is_on_hub(name) else None
+
+
+def is_on_hub(base: str) -> bool:
+    """Whether the name of a base could be an id on the Hub."""
+    return _HUB_ID.fullmatch(base) is not None
 
 
 def refused_by_vllm(config: AdapterConfig, layout: Layout) -> Iterator[str]:

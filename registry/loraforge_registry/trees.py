@@ -1,6 +1,8 @@
 """The record of a tree of adapters: its base, and a node for every path (SPEC.md section 12)."""
 
 import difflib
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -40,6 +42,27 @@ class TreeRecord:
     def lineage(self) -> tuple[Digest, ...]:
         """A tree keeps no tree before it: the reflog says what those were."""
         return ()
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFacts:
+    """What lists say of a tree. ``heads`` are the first eight bytes of its nodes' digests, sorted."""
+
+    digest: Digest
+    base: str
+    nodes: int
+    heads: "array[int]"
+
+    def may_hold(self, artifact: Digest) -> bool:
+        """Whether an artifact may be a node; False is certain, True is for the record to say."""
+        head = _head(artifact)
+        at = bisect_left(self.heads, head)
+        return at < len(self.heads) and self.heads[at] == head
+
+
+def facts_of_tree(digest: Digest, tree: TreeRecord) -> TreeFacts:
+    """Return the facts about a tree: eight bytes for a node, where the record has some hundred."""
+    return TreeFacts(digest, tree.base_name, len(tree.nodes), array("Q", sorted(map(_head, tree.nodes.values()))))
 
 
 def encode_tree(tree: TreeRecord) -> bytes:
@@ -130,6 +153,10 @@ def untruths(tree: TreeRecord, read: Callable[[Digest], object]) -> Iterator[str
             yield f"node {path!r} is no adapter"
         elif found.parent != expected:
             yield f"node {path!r} was made atop {_spell(found.parent)}, its place is atop {_spell(expected)}"
+
+
+def _head(digest: Digest) -> int:
+    return int.from_bytes(digest.raw[:8])
 
 
 def _spell(digest: Digest | None) -> str:

@@ -67,7 +67,7 @@ def test_a_tree_is_shown_as_text_picture_and_document(home, run):
     assert text.index("french") < text.index("loud") < text.index("law ") < text.index("quiet")
     svg = run("tree", "show", "t", "--format", "svg").out
     assert svg.startswith("<svg ")
-    assert svg.count('class="branch"') == 4
+    assert svg.count('class="t-branch"') == 4
     found = nodes(run)
     assert found["french/loud"]["parent"] == "french"
     assert found["french"]["parent"] is None

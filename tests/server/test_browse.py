@@ -1,6 +1,8 @@
 """The front page: search, base, order and pages are in the address, and go together; and it stays quick."""
 
+import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from urllib.parse import urlencode
 
@@ -183,6 +185,24 @@ def test_caches_hold_no_more_than_they_may():
     assert recent.get(21) is None
     recent.put(22, "x", 6)
     assert [key for key in range(23) if recent.get(key)] == [19, 20, 22]
+
+
+def test_what_all_ask_for_at_once_is_loaded_once_and_what_fails_is_asked_for_again():
+    recent, asked, gate = repos.Recent(10), [], threading.Event()
+
+    def load():
+        asked.append(1)
+        gate.wait(5)
+        return "loaded"
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(recent.get_or, "key", load, lambda _: 3) for _ in range(4)]
+        gate.set()
+        assert [answer.result() for answer in answers] == ["loaded"] * 4
+    assert len(asked) == 1
+    with pytest.raises(ZeroDivisionError):
+        recent.get_or("other", lambda: 1 / 0)
+    assert recent.get_or("other", lambda: "now") == "now"
 
 
 def test_the_page_is_small(server):

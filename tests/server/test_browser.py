@@ -7,10 +7,12 @@ import urllib.request
 import pytest
 
 import loraforge as lf
+from loraforge_registry.names import RefName
 from tests.bad_files import config, tensors, write_adapter
 from tests.browser import CHROMIUM, Browser
 from tests.hub import Server
 from tests.server import raw
+from tests.server.test_tree_pages import plant
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
@@ -95,7 +97,10 @@ def server(tmp_path_factory):
         write_adapter(home / "card", weights=tensors(0.125), settings=config(base_model_name_or_path=LONG * 2))
         (home / "card" / "README.md").write_text(CARD)
         registry.push(home / "card", f"{LONG}:v1")
-        for name in ("french", "blend"):
+        made = plant(registry.store, home, "grown:v1", EIGHT)
+        plant(registry.store, home, "wide:v1", [f"n{number:02}" for number in range(6)] + WIDE, first=16.0)
+        registry.store.tag(made["french/law"].digest, RefName("french-law", "v1"))
+        for name in ("french", "blend", "french-law"):
             while "being worked out" in read(f"{server.url}/{name}"):
                 time.sleep(0.05)
         server.token = server.add_user("me")
@@ -105,8 +110,24 @@ def server(tmp_path_factory):
         yield server
 
 
+EIGHT = (
+    "french",
+    "german",
+    "italian",
+    "french/law",
+    "german/law",
+    "french/medicine",
+    "french/law/eu",
+    "french/law/tax",
+)
+WIDE = [f"n{number:02}/child-with-quite-a-long-name-{below}" for number in range(6) for below in range(9)]
 PAGES = {
     "front": "/",
+    "trees": "/?kind=tree",
+    "tree": "/grown",
+    "wide": "/wide",
+    "node": "/grown/tree/v1/french/law",
+    "noded": "/french-law",
     "found": "/?search=acme+ble",
     "none": "/?search=nothing-of-this-name",
     "plain": "/french",
@@ -180,6 +201,22 @@ def test_whoever_looks_without_a_token_is_asked_for_one_only_by_a_link(browser, 
         with browser.page(token=server.token) as page:
             page.open(f"{server.url}/-login?to={to}")
             assert page.run("location.href") == f"{server.url}/"
+
+
+@pytest.mark.parametrize("path", ["/grown", "/wide", "/grown/tree/main/french/law"])
+def test_a_click_on_a_card_leads_to_its_node(browser, server, path):
+    at = """[...document.querySelectorAll('.grown .t-card')].map(card => {
+      card.scrollIntoView({block: "center", inline: "center", behavior: "instant"});
+      const box = card.getBoundingClientRect();
+      const link = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2)?.closest("a");
+      return link ? link.getAttribute("href") : null;
+    })"""
+    with browser.page(script=False) as page:
+        page.open(server.url + path)
+        cards = page.run(at)
+        links = [link for link in cards if link]
+        assert len(links) == len(set(links)) == len(cards) - ("tree" in path), "but the one that one is at"
+        assert page.open(server.url + links[-1]) == 200
 
 
 @pytest.mark.parametrize("path", ["/favicon.ico", "/-/icon.svg"])

@@ -22,6 +22,7 @@ from loraforge_registry.spectrum import Spectrum
 from loraforge_registry.store import Store
 from tests.bad_files import config, floats, pair, tensors, write_adapter
 from tests.hub import Server
+from tests.server import raw
 from tests.server.test_pages import EVIL, see
 
 KEY = "base_model.model.model.layers.0.q"
@@ -218,3 +219,11 @@ def test_what_the_child_says_is_checked():
 
 def test_markup_in_a_sentence_stays_text():
     assert "<img" not in spectrum_figure.section(EVIL)
+
+
+def test_a_server_that_is_told_so_works_out_none(tmp_path, run):
+    run("--store", tmp_path / "s", "push", write_adapter(tmp_path / "a"), "a:v1")
+    with Server(tmp_path / "s", "--no-spectra") as server:
+        page = raw.request(server, "GET", "/a").body.decode()
+    assert "<h2>Targets" in page
+    assert "Spectrum" not in page

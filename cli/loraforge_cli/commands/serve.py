@@ -42,6 +42,7 @@ SIZE = Bytes()
 @click.option("--public-url", metavar="URL", help="The URL that clients see, behind a proxy.")
 @click.option("--max-file", type=SIZE, default="64GB", show_default=True, help="The largest file.")
 @click.option("--quota", type=SIZE, help="The most that one namespace may hold.")
+@click.option("--no-spectra", is_flag=True, help="Work out no spectra for the pages: they take a process with torch.")
 @common
 @click.pass_context
 def command(
@@ -55,6 +56,7 @@ def command(
     public_url: str | None,
     max_file: int,
     quota: int | None,
+    no_spectra: bool,
 ) -> None:
     """Serve the store to huggingface_hub, PEFT and transformers, and to browsers.
 
@@ -74,7 +76,7 @@ def command(
         quota=quota,
     )
     bound = run.listen(host, port)
-    hub, pins = run.open_hub(store, settings, ChildSpectra(store))
+    hub, pins = run.open_hub(store, settings, None if no_spectra else ChildSpectra(store))
     nobody = not run.accounts_of(store).tokens()
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"serving {store} at http://{shown}:{bound.getsockname()[1]}")

@@ -15,9 +15,9 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError, NotFoundError, ReferenceSyntaxError, RemoteError
-from loraforge_registry.hub_record import MAX_RECORD, RECORD_FILE, Record, decode_record
+from loraforge_registry.hub_record import MAX_RECORD, Record, decode_record
 from loraforge_registry.hub_tree_record import TreeOnHub, decode_tree_record
-from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, WEIGHTS_FILE, File
+from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, RECORD_FILE, WEIGHTS_FILE, File
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.remotes.address import HubAddress
 from loraforge_registry.remotes.http import Client, RefusalError

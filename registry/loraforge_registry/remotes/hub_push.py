@@ -22,10 +22,10 @@ from loraforge_registry.config import MAX_BYTES, parse_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, FormatError, LoraforgeError, NotFoundError, RemoteError, StoreError
 from loraforge_registry.git import git_id
-from loraforge_registry.hub_record import RECORD_FILE, Record, encode_record
+from loraforge_registry.hub_record import Record, encode_record
 from loraforge_registry.hub_tree_record import TreeOnHub
 from loraforge_registry.ingest import MAX_README
-from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, File, Manifest
+from loraforge_registry.manifest import CONFIG_FILE, README_FILE, RECORD_FILE, WEIGHTS_FILE, File, Manifest
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.remotes.card import card, lacks_base, with_front_matter
 from loraforge_registry.remotes.hub import MAIN, HubFile, HubRemote, Snapshot, describes, refused

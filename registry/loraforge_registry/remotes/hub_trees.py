@@ -6,10 +6,10 @@ from loraforge_registry.config import MAX_BYTES
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError
 from loraforge_registry.git import git_id
-from loraforge_registry.hub_record import RECORD_FILE, Record, encode_record
+from loraforge_registry.hub_record import Record, encode_record
 from loraforge_registry.hub_tree_record import TreeOnHub, encode_tree_record
 from loraforge_registry.ingest import MAX_README
-from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, WEIGHTS_FILE, Manifest
+from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, RECORD_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import RefName
 from loraforge_registry.remotes.hub import MAIN, HubRemote, Snapshot
 from loraforge_registry.remotes.hub_push import (

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from loraforge_registry.digest import Digest
 from loraforge_registry.git import Signature, blob_id
 from loraforge_registry.repositories import CommitRecord, CommittedFile, RepositoryRecord, encode_commit
-from loraforge_registry.server import describe, repos
+from loraforge_registry.server import describe, forest, repos
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.call import Call, list_field, text_field
 from loraforge_registry.server.errors import (
@@ -93,10 +93,10 @@ def models(hub: Hub, call: Call) -> Response:
     for repository in repos.everything(hub, call.user):
         if not _matches_id(repository, call):
             continue
-        revision = repos.resolve(hub, repository, head_of(repository))
-        said = describe.summary(hub, repository, revision)
+        at = repos.outline_of(hub, repository.record.branches[head_of(repository)])
+        said = describe.summary(hub, repository, at)
         wanted = [word for text in parsed.get("filter", []) for word in text.split(",")]
-        if set(wanted) <= {*describe.tags_of(describe.facts_at(hub, revision)), "model"}:
+        if set(wanted) <= {*describe.tags_of(forest.facts_at(hub, at)), "model"}:
             found.append(said)
     if call.query.get("sort") in ("lastModified", "createdAt", "last_modified", "created_at"):
         key = "createdAt" if "reated" in call.query["sort"] else "lastModified"

@@ -15,7 +15,7 @@ import anyio.to_thread
 from starlette.responses import Response
 
 from loraforge_registry.errors import ConflictError, LoraforgeError, NotFoundError
-from loraforge_registry.server import api, browse, commits, downloads, lfs, pages, xet
+from loraforge_registry.server import api, browse, commits, downloads, lfs, pages, tree_pages, xet
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.call import Call, Message, Receive
 from loraforge_registry.server.errors import RefusedError, bad_request, unauthorised
@@ -63,6 +63,7 @@ ROUTES: Sequence[Route] = (
     Route("GET", "/{id}/resolve/{rev}/{path*}", downloads.resolve),
     Route("GET", "/{id}/lfs/{oid}", downloads.lfs_object),
     Route("GET", "/{id}/tree/{rev}", pages.repository),
+    Route("GET", "/{id}/tree/{rev}/{path*}", tree_pages.node),
     Route("GET", "/{id}/commit/{rev}", pages.repository),
     Route("GET", "/{id}", pages.repository),
 )

@@ -1,6 +1,7 @@
 """What is here for whoever asks: repositories with a few facts each, and where any artifact is, now or in a history."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import quote
@@ -9,22 +10,23 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.facts import Facts
 from loraforge_registry.repositories import Outline
-from loraforge_registry.server import repos
+from loraforge_registry.server import forest, repos
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.api import head_of
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.server.repos import Repository
+from loraforge_registry.trees import TreeFacts
 
 _PASTS = Recent[str, tuple[tuple[Digest, ...], Mapping[Digest, Digest]]](200_000)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A repository at its head, in a list; ``facts`` are of the adapter there, if there is one."""
+    """A repository at its head, in a list; ``facts`` are of the adapter or the tree there, if there is one."""
 
     repository: Repository
-    facts: Facts | None
+    facts: Facts | TreeFacts | None
     time: int
 
 
@@ -40,6 +42,10 @@ class Place:
     def href(self) -> str:
         """The path of its page."""
         return f"/{quote(self.repository.id)}" + (f"/tree/{quote(self.revision, safe='')}" if self.revision else "")
+
+    def node(self, path: str) -> str:
+        """The path of the page of a node of the tree there."""
+        return node_page(self.repository, self.revision, path)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,7 @@ class Around:
         for repository in self.repositories:
             head = repository.record.branches[head_of(repository)]
             outline = outline_at(self.hub, repository, head) or Outline("", None, None, 0)
-            adapter = outline.adapter
-            yield Entry(repository, None if adapter is None else repos.facts_of(self.hub, adapter), outline.time)
+            yield Entry(repository, forest.facts_at(self.hub, outline), outline.time)
 
     @cached_property
     def names(self) -> Mapping[Digest, str]:
@@ -88,6 +93,26 @@ class Around:
             for artifact, commit in self._past(repository).items()
             if (facts := repos.facts_of(self.hub, artifact)) is not None and facts.content_id == content_id
         ]
+
+    def trees_with(self, artifact: Digest) -> Iterator[tuple[Place, str]]:
+        """Yield the trees of branches and tags that have an artifact as a node, each repository once, and its path."""
+        for repository in self.repositories:
+            for head in dict.fromkeys((repository.record.branches[head_of(repository)], *repository.record.needs)):
+                path = self._node(repository, head, artifact)
+                if path is not None:
+                    yield self._place(repository, artifact, head), path
+                    break
+
+    def _node(self, repository: Repository, head: Digest, artifact: Digest) -> str | None:
+        outline = outline_at(self.hub, repository, head)
+        facts = None if outline is None else forest.facts_at(self.hub, outline)
+        if outline is None or not isinstance(facts, TreeFacts) or not facts.may_hold(artifact):
+            return None
+        with suppress(LoraforgeError, OSError):
+            tree = forest.tree_at(self.hub, outline)
+            nodes = () if tree is None else tree.record.nodes.items()
+            return next((path for path, digest in nodes if digest == artifact), None)
+        return None
 
     def _heads(self) -> Iterator[tuple[Digest, Repository]]:
         for repository in self.repositories:
@@ -119,6 +144,11 @@ class Around:
         return Place(repository, artifact, next(named, None) or repos.outline_of(self.hub, commit).id)
 
 
+def node_page(repository: Repository, revision: str | None, path: str) -> str:
+    """The path of the page of a node of a tree; without a revision, of the tree at the head."""
+    return f"/{quote(repository.id)}/tree/{quote(revision or head_of(repository), safe='')}/{quote(path)}"
+
+
 def outline_at(hub: Hub, repository: Repository, commit: Digest) -> Outline | None:
     """What a walk needs; None for what is damaged, which is for ``fsck`` to say."""
     if repository.digest is None:  # made on this machine: an artifact, and nobody wrote when
@@ -127,6 +157,14 @@ def outline_at(hub: Hub, repository: Repository, commit: Digest) -> Outline | No
         return repos.outline_of(hub, commit)
     except (LoraforgeError, OSError):
         return None
+
+
+def _artifact(hub: Hub, outline: Outline) -> Digest | None:
+    """The adapter or the tree that a commit holds."""
+    if outline.adapter is not None or outline.stated is None:
+        return outline.adapter
+    facts = forest.facts_at(hub, outline)
+    return facts.digest if isinstance(facts, TreeFacts) else None
 
 
 def _walk(hub: Hub, repository: Repository) -> Iterator[tuple[Digest, Digest]]:
@@ -138,7 +176,8 @@ def _walk(hub: Hub, repository: Repository) -> Iterator[tuple[Digest, Digest]]:
         while commit is not None and commit not in seen:
             seen.add(commit)
             outline = outline_at(hub, repository, commit)
-            if outline is not None and outline.adapter is not None:
-                found.append((outline.adapter, commit))
+            artifact = None if outline is None else _artifact(hub, outline)
+            if artifact is not None:
+                found.append((artifact, commit))
             commit = None if outline is None else outline.parent
     yield from reversed(found)

@@ -14,6 +14,7 @@ from loraforge_registry.server.call import Call
 from loraforge_registry.server.errors import unauthorised
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.web import Visit, copyable, count, page, size, text
+from loraforge_registry.trees import TreeFacts
 
 SHOWN = 50
 BASES = 100  # in the list to choose from; any other is a link beside an adapter, or in an address
@@ -27,26 +28,35 @@ ORDERS: Mapping[str, tuple[str, Order]] = {
 }
 
 
+KINDS: Mapping[str, tuple[str, str]] = {"adapter": ("adapter", "adapters"), "tree": ("tree", "trees")}
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What an address of the front page asks for."""
 
     words: str = ""
     base: str = ""
+    kind: str = ""
     order: str = "name"
     start: int = 0
 
     @property
     def address(self) -> str:
         """The address that asks for this."""
-        fields = {"search": self.words, "base": self.base, "sort": "" if self.order == "name" else self.order}
+        fields = {
+            "search": self.words,
+            "base": self.base,
+            "kind": self.kind,
+            "sort": "" if self.order == "name" else self.order,
+        }
         said = {name: value for name, value in fields.items() if value} | ({"from": self.start} if self.start else {})
         return f"/?{urlencode(said, quote_via=quote)}" if said else "/"
 
     def includes(self, entry: Entry) -> bool:
-        """Whether an entry is for the base, and has all the words in its name or its base's."""
+        """Whether an entry is of the kind and for the base, and has all the words in its name or its base's."""
         base = entry.facts.base or "" if entry.facts else ""
-        if self.base and base != self.base:
+        if (self.base and base != self.base) or (self.kind and _kind(entry.facts) != self.kind):
             return False
         searched = f"{entry.repository.id} {base[:MAX_BASE]}".lower()
         return all(word in searched for word in self.words.lower().split())
@@ -62,7 +72,7 @@ def front(hub: Hub, call: Call) -> Response:
     if wanted.start >= len(found):
         wanted = replace(wanted, start=0)
     body = _found(entries, found, wanted) if found else _nothing(entries, wanted, call.endpoint)
-    keep = {"base": wanted.base, "sort": wanted.order if wanted.order != "name" else ""}
+    keep = {"base": wanted.base, "kind": wanted.kind, "sort": wanted.order if wanted.order != "name" else ""}
     return page("loraforge", body, Visit(call.path, call.user, wanted.words, keep))
 
 
@@ -79,17 +89,22 @@ def _wanted(query: Mapping[str, str]) -> Wanted:
     return Wanted(
         words=query.get("search", "")[:MAX_WORDS],
         base=query.get("base", "")[:MAX_BASE],
+        kind=kind if (kind := query.get("kind", "")) in KINDS else "",
         order=order if order in ORDERS else "name",
         start=int(start) if start.isascii() and start.isdigit() and len(start) < 9 else 0,
     )
 
 
-def _size(facts: Facts | None) -> float:
-    return float("inf") if facts is None else facts.size
+def _kind(facts: Facts | TreeFacts | None) -> str:
+    return "" if facts is None else "tree" if isinstance(facts, TreeFacts) else "adapter"
+
+
+def _size(facts: Facts | TreeFacts | None) -> float:
+    return facts.size if isinstance(facts, Facts) else float("inf")
 
 
 def _found(entries: Sequence[Entry], found: Sequence[Entry], wanted: Wanted) -> str:
-    said = count(len(found), "match" if wanted.words else "adapter", "matches" if wanted.words else "adapters")
+    said = _number(found, wanted)
     if wanted.base:
         said += f" for {text(wanted.base)} · <a href='{text(replace(wanted, base='', start=0).address)}'>any base</a>"
     shown = found[wanted.start : wanted.start + SHOWN]
@@ -98,6 +113,15 @@ def _found(entries: Sequence[Entry], found: Sequence[Entry], wanted: Wanted) -> 
         f"<h1>Adapters</h1>{_choices(entries, wanted)}<p class=quiet>{said}</p>"
         f"<ul class=list>{rows}</ul>{_pages(wanted, len(shown), len(found))}"
     )
+
+
+def _number(found: Sequence[Entry], wanted: Wanted) -> str:
+    """How many there are; of both kinds where both are meant."""
+    if wanted.words or wanted.kind:
+        return count(len(found), *(("match", "matches") if wanted.words else KINDS[wanted.kind]))
+    trees = sum(isinstance(entry.facts, TreeFacts) for entry in found)
+    said = [count(len(found) - trees, *KINDS["adapter"])] if len(found) > trees or not trees else []
+    return " and ".join([*said, *([count(trees, *KINDS["tree"])] if trees else [])])
 
 
 def _choices(entries: Sequence[Entry], wanted: Wanted) -> str:
@@ -109,8 +133,11 @@ def _choices(entries: Sequence[Entry], wanted: Wanted) -> str:
     options = [("", "any base"), *((name, f"{name[:60]} ({bases[name]})") for name in names)]
     orders = [(name, said) for name, (said, _) in ORDERS.items()]
     hidden = f"<input type=hidden name=search value='{text(wanted.words)}'>" if wanted.words else ""
+    kinds = [("", "adapters and trees"), *((name, f"only {many}") for name, (_, many) in KINDS.items())]
+    is_mixed = wanted.kind or any(isinstance(entry.facts, TreeFacts) for entry in entries)
+    kind = _select("kind", "Kind", kinds, wanted.kind) if is_mixed else ""
     return (
-        f"<form class=choose action='/'>{hidden}{_select('base', 'Base', options, wanted.base)}"
+        f"<form class=choose action='/'>{hidden}{kind}{_select('base', 'Base', options, wanted.base)}"
         f"{_select('sort', 'Order', orders, wanted.order)}<button>Show</button></form>"
     )
 
@@ -144,10 +171,12 @@ def _row(entry: Entry, wanted: Wanted) -> str:
     )
 
 
-def _facts(facts: Facts, wanted: Wanted) -> list[str]:
-    """What a row says of an adapter, as HTML."""
-    low, high = facts.ranks
+def _facts(facts: Facts | TreeFacts, wanted: Wanted) -> list[str]:
+    """What a row says of an adapter or a tree, as HTML."""
     said = [f"for {for_base(facts.base, wanted)}"] if facts.base else []
+    if isinstance(facts, TreeFacts):
+        return [f"a tree of {count(facts.nodes, 'node', 'nodes')}", *said]
+    low, high = facts.ranks
     said += [f"rank {low}" if low == high else f"rank {low} to {high}"]
     said += [count(facts.parameters, "parameter", "parameters"), size(facts.size)]
     return said + ([f"made by {text(facts.operation[:60])}"] if facts.operation else [])
@@ -157,7 +186,8 @@ def _nothing(entries: Sequence[Entry], wanted: Wanted, endpoint: str) -> str:
     if entries:
         what = f"is called {text(wanted.words)}" if wanted.words else "is here"
         base = f" for the base {text(wanted.base)}" if wanted.base else ""
-        fewer = replace(wanted, base="") if wanted.base and wanted.words else Wanted(order=wanted.order)
+        base = f" among {KINDS[wanted.kind][1]}{base}" if wanted.kind else base
+        fewer = replace(wanted, base="", kind="") if wanted.base and wanted.words else Wanted(order=wanted.order)
         said = "for any base" if fewer.words else "all adapters"
         return (
             f"<h1>No match</h1>{_choices(entries, wanted)}<p class=quiet>Nothing that you may see {what}{base}.</p>"

@@ -22,9 +22,9 @@ _IN_PROSE = "\n\t\u00a0\u2009\u202f\u3000\u200c\u200d"
 _RENDERED = Recent[Digest, str](8_000_000)  # characters of HTML
 
 
-def card(hub: Hub, found: Repository, revision: Revision) -> str:
-    """The part of a page that is a repository's README.md, as HTML; empty where there is none."""
-    file = revision.commit.files.get(README_FILE)
+def card(hub: Hub, found: Repository, revision: Revision, path: str = README_FILE) -> str:
+    """The part of a page that is a repository's README.md, or that of a folder, as HTML; empty where there is none."""
+    file = revision.commit.files.get(path)
     if file is None:
         return ""
     rendered = _RENDERED.get(file.digest)
@@ -34,7 +34,7 @@ def card(hub: Hub, found: Repository, revision: Revision) -> str:
         _RENDERED.put(file.digest, rendered, len(rendered))
     if file.size <= MAX_CARD:
         return rendered
-    whole = f"/{quote(found.id)}/resolve/{revision.id}/{README_FILE}"
+    whole = f"/{quote(found.id)}/resolve/{revision.id}/{quote(path)}"
     said = f"The card is cut here: the first {size(MAX_CARD)} of {text(size(file.size))} are shown."
     return f"{rendered}<p class=quiet>{said} <a href='{whole}'>The whole file</a></p>"
 

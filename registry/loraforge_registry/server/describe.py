@@ -10,9 +10,12 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.facts import Facts
 from loraforge_registry.manifest import Manifest
-from loraforge_registry.repositories import CommitRecord, CommittedFile
+from loraforge_registry.repositories import CommitRecord, CommittedFile, Outline
+from loraforge_registry.server import repos
+from loraforge_registry.server.forest import facts_at
 from loraforge_registry.server.hub import Hub
-from loraforge_registry.server.repos import MAIN, Repository, Revision, facts_of, history
+from loraforge_registry.server.repos import MAIN, Repository, Revision, history
+from loraforge_registry.trees import TreeFacts
 
 
 def iso(seconds: int) -> str:
@@ -30,24 +33,24 @@ def lfs(file: CommittedFile) -> dict[str, object] | None:
 def model(hub: Hub, repository: Repository, revision: Revision, *, blobs: bool = False) -> dict[str, object]:
     """A repository at one commit."""
     return {
-        **summary(hub, repository, revision),
+        **summary(hub, repository, repos.outline_of(hub, revision.digest)),
         "sha": revision.id,
         "siblings": [_sibling(path, file, blobs=blobs) for path, file in sorted(revision.commit.files.items())],
         "usedStorage": sum(revision.commit.blobs.values()),
     }
 
 
-def summary(hub: Hub, repository: Repository, revision: Revision) -> dict[str, object]:
-    """A repository in a list."""
-    facts = facts_at(hub, revision)
+def summary(hub: Hub, repository: Repository, at: Outline) -> dict[str, object]:
+    """A repository at one commit, in a list."""
+    facts = facts_at(hub, at)
     return {
         "_id": hashlib.sha256(repository.name.encode()).hexdigest()[:24],
         "id": repository.id,
         "modelId": repository.id,
         "author": repository.id.partition("/")[0] if "/" in repository.id else None,
-        "sha": revision.id,
+        "sha": at.id,
         "createdAt": iso(repository.record.created),
-        "lastModified": iso(revision.commit.author.time),
+        "lastModified": iso(at.time),
         "private": repository.record.private,
         "gated": False,
         "disabled": False,
@@ -56,12 +59,6 @@ def summary(hub: Hub, repository: Repository, revision: Revision) -> dict[str, o
         "tags": tags_of(facts),
         **({"library_name": "peft"} if facts is not None else {}),
     }
-
-
-def facts_at(hub: Hub, revision: Revision) -> Facts | None:
-    """A few facts about the adapter that a revision is, if it is one."""
-    adapter = revision.commit.adapter
-    return None if adapter is None else facts_of(hub, adapter)
 
 
 def base_of(hub: Hub, commit: CommitRecord) -> Manifest | None:
@@ -78,11 +75,11 @@ def adapter_at(hub: Hub, digest: Digest) -> Manifest | None:
     return found if isinstance(found, Manifest) else None
 
 
-def tags_of(facts: Facts | None) -> list[str]:
-    """What the Hub tags an adapter with."""
+def tags_of(facts: Facts | TreeFacts | None) -> list[str]:
+    """What the Hub tags an adapter with, and a tree of them."""
     if facts is None:
         return []
-    base = [] if facts.base is None else [f"base_model:adapter:{facts.base}"]
+    base = [] if not facts.base else [f"base_model:adapter:{facts.base}"]
     return ["peft", "safetensors", "lora", *base]
 
 

@@ -1,7 +1,8 @@
 """Files of a commit, whole or from some byte on; a branch or tag is answered with where its commit's file is."""
 
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from urllib.parse import quote
 
 import anyio.to_thread
@@ -40,7 +41,8 @@ def resolve(hub: Hub, call: Call) -> Response:
         return Response(status_code=307, headers={**headers, "Location": where, "Content-Length": "0"})
     name = path.rpartition("/")[2]
     headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(name, safe='')}"
-    return send(hub, call, file, headers)
+    made = revision.made.get(file.digest)
+    return send(call, file, headers, _part_of(made) if made is not None else partial(hub.blobs.read, file.digest))
 
 
 def lfs_object(hub: Hub, call: Call) -> Response:
@@ -53,10 +55,12 @@ def lfs_object(hub: Hub, call: Call) -> Response:
     size = repos.blobs_of(hub, repository).get(digest)
     if size is None:
         raise RefusedError(404, f"{oid} is not in {repository.id}", "EntryNotFound")
-    return send(hub, call, CommittedFile(digest, size), {"ETag": f'"{oid}"'})
+    return send(call, CommittedFile(digest, size), {"ETag": f'"{oid}"'}, partial(hub.blobs.read, digest))
 
 
-def send(hub: Hub, call: Call, file: CommittedFile, headers: dict[str, str]) -> Response:
+def send(
+    call: Call, file: CommittedFile, headers: dict[str, str], read: Callable[[int, int], Iterator[Buffer]]
+) -> Response:
     """Answer with a file, or the range of it that was asked for."""
     headers["Accept-Ranges"] = "bytes"
     begin, end = 0, file.size
@@ -71,8 +75,11 @@ def send(hub: Hub, call: Call, file: CommittedFile, headers: dict[str, str]) -> 
     media = "application/octet-stream"
     if call.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media)
-    pieces = hub.blobs.read(file.digest, begin, end)
-    return StreamingResponse(_in_threads(pieces), status_code=status, headers=headers, media_type=media)
+    return StreamingResponse(_in_threads(read(begin, end)), status_code=status, headers=headers, media_type=media)
+
+
+def _part_of(data: bytes) -> Callable[[int, int], Iterator[Buffer]]:
+    return lambda begin, end: iter([data[begin:end]])
 
 
 def _range(text: str | None, size: int) -> tuple[int, int] | None:

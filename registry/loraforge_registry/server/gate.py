@@ -6,10 +6,18 @@ from dataclasses import replace
 from loraforge_registry import config as adapter_config
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import FormatError
-from loraforge_registry.header import header_length, parse_header
-from loraforge_registry.hub_record import RECORD_FILE, decode_record
+from loraforge_registry.header import Header, header_length, parse_header
+from loraforge_registry.hub_record import decode_record
 from loraforge_registry.ingest import MAX_README, Incoming, examine
-from loraforge_registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, File, Manifest, encode_manifest
+from loraforge_registry.manifest import (
+    CONFIG_FILE,
+    README_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    File,
+    Manifest,
+    encode_manifest,
+)
 from loraforge_registry.repositories import CommitRecord, CommittedFile
 from loraforge_registry.server.errors import RefusedError, bad_request
 from loraforge_registry.server.hub import Hub
@@ -47,7 +55,7 @@ def check_file(hub: Hub, path: str, file: CommittedFile) -> None:
     """
     if path.endswith(".safetensors"):
         try:
-            _header(hub, file)
+            header(hub, file)
         except FormatError as error:
             raise bad_request(f"{path}: {error}") from error
 
@@ -91,18 +99,22 @@ def _incoming(hub: Hub, files: Mapping[str, CommittedFile]) -> Incoming:
     readme = files.get(README_FILE)
     return Incoming(
         config=_small(hub, CONFIG_FILE, files[CONFIG_FILE], adapter_config.MAX_BYTES),
-        header=parse_header(_header(hub, weights), weights.size),
+        header=header(hub, weights),
         chunks=hub.blobs.read(weights.digest, 0, weights.size),
         readme=None if readme is None else _small(hub, README_FILE, readme, MAX_README),
     )
 
 
-def _header(hub: Hub, file: CommittedFile) -> bytes:
+def header(hub: Hub, file: CommittedFile) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        FormatError: it misleads.
+    """
     start = _read(hub, file, 0, min(32, file.size))
     length = header_length(start, file.size)
     raw = _read(hub, file, 8, 8 + length)
-    parse_header(raw, file.size)
-    return raw
+    return parse_header(raw, file.size)
 
 
 def _small(hub: Hub, path: str, file: CommittedFile, limit: int) -> bytes:

@@ -11,6 +11,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.facts import Facts
 from loraforge_registry.records import Record
 from loraforge_registry.repositories import Outline
+from loraforge_registry.trees import TreeFacts
 
 Buffer = bytes | bytearray | memoryview
 
@@ -65,8 +66,8 @@ class Refs(Protocol):
             NotFoundError: it is not there.
         """
 
-    def facts(self, digest: Digest) -> Facts | None:
-        """What lists say of an artifact, quickly; None for another record (``facts.facts_of``).
+    def facts(self, digest: Digest) -> Facts | TreeFacts | None:
+        """What lists say of an artifact or a tree, quickly; None for another record (``facts.facts_of``).
 
         Raises:
             NotFoundError: it is not there.

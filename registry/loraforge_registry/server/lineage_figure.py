@@ -14,6 +14,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.manifest import Artifact, Derivation, Input
 from loraforge_registry.server.relations import Place, Relations
 from loraforge_registry.server.web import text
+from loraforge_registry.words import elide
 
 MAX_ROWS, MAX_INPUTS, MAX_BELOW, MAX_DEPTH = 40, 6, 12, 12
 TITLE, NOTE = 28, 40  # characters that fit beside the lines on a telephone
@@ -133,12 +134,12 @@ def _line(upper: _Node, lower: _Node, pitch: float) -> str:
 
 
 def _row(node: _Node, pitch: float, start: float) -> str:
-    title = text(_elide(node.title, TITLE - len(node.weight)))
+    title = text(elide(node.title, TITLE - len(node.weight)))
     title = title if node.path is None else f"<a href='{text(node.path)}'>{title}</a>"
     weight = f"<tspan class=l-weight>{text(node.weight)}</tspan>" if node.weight else ""
     words = f"<text class='l-title l-{node.mark}' x={start:.1f} y={node.y + 5:.1f}>{weight}{title}</text>"
     if node.note:
-        words += f"<text class=l-note x={start:.1f} y={node.y + 22:.1f}>{text(_elide(node.note, NOTE))}</text>"
+        words += f"<text class=l-note x={start:.1f} y={node.y + 22:.1f}>{text(elide(node.note, NOTE))}</text>"
     return f"<g><title>{text(node.title[:200])}</title>{_dot(node, pitch)}{words}</g>"
 
 
@@ -151,9 +152,3 @@ def _dot(node: _Node, pitch: float) -> str:
 
 def _x(node: _Node, pitch: float) -> float:
     return 11 + node.lane * pitch
-
-
-def _elide(words: str, width: int) -> str:
-    """Take the middle out of words that are too long: names tell most at their ends."""
-    tail = width // 2
-    return words if len(words) <= width else f"{words[: width - 1 - tail]}…{words[len(words) - tail :]}"

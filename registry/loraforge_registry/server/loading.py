@@ -15,7 +15,7 @@ from loraforge_registry.manifest import Manifest
 from loraforge_registry.server.web import copyable, text
 from loraforge_registry.serving import refused_by_vllm, vllm_command
 
-_NEXT_LINE = " \\\n  "  # a shell goes on there
+NEXT_LINE = " \\\n  "  # a shell goes on there
 # transformers' class for each of PEFT's kinds of task
 _CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
@@ -76,20 +76,22 @@ def _vllm(source: Source, manifest: Manifest, config: AdapterConfig, layout: Lay
     if refused:
         return f"<p>vLLM will not serve this adapter: {text('; '.join(refused)[:400])}.</p>"
     revision = [f"--revision {source.revision}"] if source.revision else []
-    where = f"./{_folder(source)}"
-    fetched = [_from_here(source), f"hf download {source.id}", *revision, f"--local-dir {where}"]
-    served = vllm_command(manifest, config, layout, name=_folder(source), where=where)
-    return copyable("\n".join(map(_NEXT_LINE.join, (fetched, served))))
+    where = f"./{folder_of(source)}"
+    fetched = [from_here(source), f"hf download {source.id}", *revision, f"--local-dir {where}"]
+    served = vllm_command(manifest, config, layout, name=folder_of(source), where=where)
+    return copyable("\n".join(map(NEXT_LINE.join, (fetched, served))))
 
 
 def _loraforge(source: Source) -> str:
     at = f"@{source.revision}" if source.revision else ""
-    return _NEXT_LINE.join([_from_here(source), f"loraforge pull hf://{source.id}{at}", f"--to ./{_folder(source)}"])
+    return NEXT_LINE.join([from_here(source), f"loraforge pull hf://{source.id}{at}", f"--to ./{folder_of(source)}"])
 
 
-def _from_here(source: Source) -> str:
+def from_here(source: Source) -> str:
+    """What a shell line begins with, so that the Hub's clients ask this server."""
     return f"HF_ENDPOINT={shlex.quote(source.endpoint)}"
 
 
-def _folder(source: Source) -> str:
+def folder_of(source: Source) -> str:
+    """The name of a folder for what is downloaded."""
     return source.id.rpartition("/")[2]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 
 from loraforge_registry import canonical, objects, refs
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import ConflictError, NotFoundError, ReferenceSyntaxError, StoreError
+from loraforge_registry.errors import ConflictError, ManifestError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.facts import Facts, facts_of
 from loraforge_registry.files import Files
 from loraforge_registry.names import DEFAULT_TAG, RefName
@@ -17,6 +17,7 @@ from loraforge_registry.repositories import Outline, outline
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.sessions import Session, open_session
 from loraforge_registry.system import Buffer
+from loraforge_registry.trees import TreeFacts, decode_tree, facts_of_tree
 
 _PIECE = 1024 * 1024
 _KEPT = 4 * 1024 * 1024  # bytes of records, as they are stored; in memory they are about ten times as large
@@ -134,9 +135,14 @@ class LocalRefs:
         """Read what a walk needs of a commit."""
         return outline(self._read(digest))
 
-    def facts(self, digest: Digest) -> Facts | None:
-        """Read what lists say of an artifact."""
-        return facts_of(self._read(digest))
+    def facts(self, digest: Digest) -> Facts | TreeFacts | None:
+        """Read what lists say of an artifact or a tree."""
+        data = self._read(digest)
+        found = facts_of(data)
+        if found is None:
+            with suppress(ManifestError):
+                return facts_of_tree(digest, decode_tree(data))
+        return found
 
     def put_record(self, data: bytes) -> Digest:
         """Store a record behind what it needs."""

@@ -1,26 +1,23 @@
 """Pages for people: what is here, and one page for a repository, with where its adapter came from and where it went."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 
 from starlette.responses import RedirectResponse, Response
 
-from loraforge_registry.config import MAX_BYTES, AdapterConfig, parse_config
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import LoraforgeError, ReferenceSyntaxError
-from loraforge_registry.layout import Layout, read_layout
-from loraforge_registry.manifest import CONFIG_FILE, Artifact, Derivation, Manifest
-from loraforge_registry.server import describe, lineage_figure, repos, sections, spectrum_figure
+from loraforge_registry.errors import ReferenceSyntaxError
+from loraforge_registry.server import describe, forest, lineage_figure, repos, sections, tree_pages
+from loraforge_registry.server.adapter_page import links_of, read_config, source_of, spectrum
 from loraforge_registry.server.api import head_of
 from loraforge_registry.server.around import Around
 from loraforge_registry.server.call import Call
 from loraforge_registry.server.cards import card
 from loraforge_registry.server.errors import RefusedError, unauthorised
 from loraforge_registry.server.hub import Hub
-from loraforge_registry.server.loading import Source, loading
+from loraforge_registry.server.loading import loading
 from loraforge_registry.server.relations import Relations, relations
-from loraforge_registry.server.repos import Repository, Revision
 from loraforge_registry.server.web import CSP, STATIC, Visit, page, text
 
 _PLACE = re.compile(
@@ -49,19 +46,23 @@ def repository(hub: Hub, call: Call) -> Response:
     """GET /{id}, /{id}/tree/{rev}: the facts, the files, how to load it, the card, where it came from."""
     found = repos.find(hub, call.segments["id"], call.user)
     revision = repos.resolve(hub, found, call.segments.get("rev", head_of(found)))
+    tree = forest.tree_at(hub, revision.commit)
+    if tree is not None:
+        return tree_pages.whole(hub, call, found, revision, tree)
     manifest = describe.base_of(hub, revision.commit)
-    read = None if manifest is None else _read(hub, manifest)
+    read = None if manifest is None else read_config(hub, manifest)
     around = Around(hub, call.user)
     adapter = revision.commit.adapter
     others = Relations({}) if manifest is None else relations(hub, call.user, found.namespace)
     made = [] if adapter is None else others.made_from(adapter)
     used_by = sorted({place.repository for place in made})
     drawn = lineage_figure.figure(found.id, None if manifest is None else manifest.derivation, others, made)
-    source = _source(hub, call, found, revision)
+    source = source_of(hub, call, found, revision)
     ways = "" if manifest is None else loading(source, manifest, read)
     layout = None if read is None else read[1]
-    links = _links(around, manifest.derivation) if manifest is not None and manifest.derivation is not None else {}
+    links = links_of(around, manifest.derivation) if manifest is not None and manifest.derivation is not None else {}
     alike = [] if manifest is None else around.alike(manifest.content_id)
+    trees = [] if adapter is None else list(islice(around.trees_with(adapter), sections.MAX_ROWS))
     shown = sections.Shown(
         found,
         revision,
@@ -71,11 +72,13 @@ def repository(hub: Hub, call: Call) -> Response:
         names=others.names,
         used_by=used_by,
         loading=ways,
-        spectrum=_spectrum(hub, revision, manifest, layout),
+        spectrum=spectrum(hub, adapter, manifest, layout),
         lineage=drawn,
         links=links,
         alike=alike,
         at=source.short,
+        trees=[(place.node(path), f"{place.repository.id} · {path}") for place, path in trees],
+        problem=forest.problem_at(hub, revision.commit),
     )
     return page(found.id, sections.repository(shown), Visit(call.path, call.user))
 
@@ -85,6 +88,10 @@ def artifact(hub: Hub, call: Call) -> Response:
     digest = _digest(call.segments["hex"])
     around = Around(hub, call.user)
     found = [] if digest is None else around.places(digest)
+    if digest is not None and not found:
+        place, path = next(around.trees_with(digest), (None, ""))
+        if place is not None:
+            return RedirectResponse(place.node(path), 302)
     what = "One artifact"
     if digest is not None and not found:
         found, what = around.places_of_content(digest), "The same content"
@@ -96,58 +103,11 @@ def artifact(hub: Hub, call: Call) -> Response:
     return page(f"{digest.short}", sections.places(digest, found, what), Visit(call.path, call.user))
 
 
-def _links(around: Around, derivation: Derivation) -> Mapping[Digest, str]:
-    """The pages of what something was made from, and no branch or tag means any more."""
-    sources = islice(_sources(derivation), sections.MAX_ROWS)
-    unnamed = {digest: found for digest, found in sources if digest not in around.names}
-    found = {
-        digest: around.places(digest) if is_artifact else around.places_of_content(digest)
-        for digest, is_artifact in unnamed.items()
-    }
-    return {digest: f"/-/at/{digest.hex}" for digest, places in found.items() if places}
-
-
-def _sources(derivation: Derivation) -> Iterator[tuple[Digest, bool]]:
-    """Yield what a derivation names: the digests of artifacts, and content ids of what was in no store."""
-    for item in derivation.inputs:
-        if isinstance(item.source, Derivation):
-            yield from _sources(item.source)
-        else:
-            is_artifact = isinstance(item.source, Artifact)
-            yield item.source.digest if isinstance(item.source, Artifact) else item.source, is_artifact
-
-
 def _digest(hexed: str) -> Digest | None:
     try:
         return Digest("sha256", hexed)
     except ReferenceSyntaxError:
         return None
-
-
-def _read(hub: Hub, manifest: Manifest) -> tuple[AdapterConfig, Layout] | None:
-    file = manifest.file(CONFIG_FILE)
-    if file.size > MAX_BYTES:
-        return None
-    try:
-        config = parse_config(b"".join(bytes(piece) for piece in hub.blobs.read(file.digest, 0, file.size)))
-        return config, read_layout(config, [tensor.entry for tensor in manifest.tensors])
-    except LoraforgeError:
-        return None
-
-
-def _source(hub: Hub, call: Call, found: Repository, revision: Revision) -> Source:
-    """Where what a page shows is fetched from: by the name of its revision where that is one, else by the commit."""
-    said, needs_token = call.segments.get("rev"), found.record.private or not hub.settings.anonymous
-    if said is not None and found.record.named(said) is None:
-        said = revision.id
-    return Source(found.id, call.endpoint, None if said == head_of(found) else said, needs_token)
-
-
-def _spectrum(hub: Hub, revision: Revision, manifest: Manifest | None, layout: Layout | None) -> str:
-    digest = revision.commit.adapter
-    if hub.spectra is None or manifest is None or layout is None or digest is None:
-        return ""
-    return spectrum_figure.section(hub.spectra.ask(digest, manifest, layout))
 
 
 def refused(error: RefusedError, headers: Mapping[str, str], path: str, *, anonymous: bool) -> Response:

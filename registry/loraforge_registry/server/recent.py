@@ -1,6 +1,7 @@
 """What was used last, up to a weight: for what never changes and is slow to read."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -14,7 +15,7 @@ class Recent(Generic[K, V]):
     def __init__(self, limit: int) -> None:
         self._limit, self._held = limit, 0
         self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
-        self._lock = Lock()
+        self._lock, self._loading = Lock(), Lock()
 
     def get(self, key: K) -> V | None:
         """What was put there, if it still is."""
@@ -24,6 +25,20 @@ class Recent(Generic[K, V]):
                 return None
             self._items.move_to_end(key)
             return found[0]
+
+    def get_or(self, key: K, load: Callable[[], V], weigh: Callable[[V], int] = lambda _: 1) -> V:
+        """What is there, else what ``load`` gives, which is kept.
+
+        A server that begins is asked by all at once: one thread loads, and what others ask for is there for them then.
+        """
+        found = self.get(key)
+        if found is None:
+            with self._loading:
+                found = self.get(key)
+                if found is None:
+                    found = load()
+                    self.put(key, found, weigh(found))
+        return found
 
     def put(self, key: K, value: V, weight: int) -> None:
         """Keep a value; what was not asked for longest goes."""

@@ -1,21 +1,23 @@
 """Repositories: by id, for whoever asks, with the revisions that their names and commits mean.
 
 A repository that clients made has a record of its own (``repositories``). A name that ``loraforge push`` made on this
-machine is one, too, which can only be read: each tag is a commit without a parent, ``latest`` is the branch ``main``.
+machine is one, too, which can only be read: each tag is a commit without a parent, ``latest`` is the branch ``main``. A
+tree there is shown as a push of it would be (SPEC.md section 15), but for the card; its records are made here.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from threading import Lock
 
 from loraforge_registry import git
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import LoraforgeError, NotFoundError, ReferenceSyntaxError
 from loraforge_registry.facts import Facts
-from loraforge_registry.manifest import WEIGHTS_FILE, Manifest
+from loraforge_registry.hub_record import Record, encode_record
+from loraforge_registry.hub_tree_record import TreeOnHub, encode_tree_record
+from loraforge_registry.manifest import RECORD_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.repositories import (
     CommitRecord,
@@ -29,8 +31,11 @@ from loraforge_registry.server.accounts import User
 from loraforge_registry.server.errors import bad_request, forbidden, no_repository, no_revision, unauthorised
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.recent import Recent
+from loraforge_registry.trees import TreeFacts, TreeRecord
 
 MAIN = "main"
+MAX_FOLDERS = 2_000  # nodes of a tree on this machine that are served as files
+MAX_MADE = 16 * 1024 * 1024  # bytes of the records that are made for it
 _ID = re.compile(r"(?:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)/)?([A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?)")
 _REVISION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._+/-]{0,198}[A-Za-z0-9_+])?")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -57,11 +62,15 @@ class Repository:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A commit, with its id worked out; ``digest`` is of its record, or of the artifact that it shows."""
+    """A commit, with its id worked out; ``digest`` is of its record, or of the artifact or tree that it shows.
+
+    ``made`` are files of it that are in no store: the records of a tree that was made on this machine.
+    """
 
     id: str
     digest: Digest
     commit: CommitRecord
+    made: Mapping[Digest, bytes] = field(default_factory=dict)
 
 
 def name_of(identity: str) -> str:
@@ -171,25 +180,29 @@ def revision_of(hub: Hub, digest: Digest) -> Revision:
     Raises:
         NotFoundError: it is not there.
     """
-    cached = _KNOWN.get(digest)
-    if cached is None:
-        with _LOADING:
-            cached = _KNOWN.get(digest) or _load_revision(hub, digest)
-            _KNOWN.put(digest, cached, 1 + len(cached.commit.files))
-    return cached
+    return _KNOWN.get_or(digest, lambda: _load_revision(hub, digest), _weight)
 
 
 # they never change: a digest is of all that they are
 _KNOWN = Recent[Digest, Revision](100_000)  # files of commits, all together
 _OUTLINES = Recent[Digest, Outline](100_000)
-_FACTS = Recent[Digest, Facts](50_000)
-_LOADING = Lock()  # a server that begins is asked by all at once: each history is read once, not by every thread
+_FACTS = Recent[Digest, Facts | TreeFacts](50_000)
+
+
+def _weight(revision: Revision) -> int:
+    return 1 + len(revision.commit.files) + sum(map(len, revision.made.values())) // 400
 
 
 def _load_revision(hub: Hub, digest: Digest) -> Revision:
     record = hub.refs.record(digest)
-    commit = record if isinstance(record, CommitRecord) else _as_commit(hub, digest, record)
-    return Revision(commit.id, digest, commit)
+    if isinstance(record, CommitRecord):
+        return Revision(record.id, digest, record)
+    if not isinstance(record, Manifest | TreeRecord):
+        raise NotFoundError(f"{digest} is no commit")
+    what = "artifact" if isinstance(record, Manifest) else "tree"
+    files, made = (_files(hub, record), {}) if isinstance(record, Manifest) else _tree_files(hub, digest, record)
+    commit = CommitRecord(files, git.Signature("loraforge", 0), f"{what} {digest}", adapter=digest)
+    return Revision(commit.id, digest, commit, made)
 
 
 def resolve(hub: Hub, repository: Repository, revision: str) -> Revision:
@@ -238,26 +251,28 @@ def outline_of(hub: Hub, digest: Digest) -> Outline:
     Raises:
         NotFoundError: it is not there.
     """
-    cached = _OUTLINES.get(digest)
-    if cached is None:
-        with _LOADING:
-            cached = _OUTLINES.get(digest) or hub.refs.outline(digest)
-        if cached is None:
-            revision = revision_of(hub, digest)
-            cached = Outline(revision.id, None, revision.commit.adapter, revision.commit.author.time)
-        _OUTLINES.put(digest, cached, 1)
-    return cached
+    return _OUTLINES.get_or(digest, lambda: hub.refs.outline(digest) or _outline(revision_of(hub, digest)))
 
 
-def facts_of(hub: Hub, digest: Digest) -> Facts | None:
-    """Return what lists say of an artifact; None for what is not there, damaged, or another record."""
+def _outline(revision: Revision) -> Outline:
+    return Outline(revision.id, None, revision.commit.adapter, revision.commit.author.time)
+
+
+def known_of(hub: Hub, digest: Digest) -> Facts | TreeFacts | None:
+    """Return what lists say of an artifact or a tree; None for what is not there, damaged, or another record."""
     cached = _FACTS.get(digest)
     if cached is None:
         with suppress(LoraforgeError, OSError):
             cached = hub.refs.facts(digest)
         if cached is not None:
-            _FACTS.put(digest, cached, 1)
+            _FACTS.put(digest, cached, 1 + (cached.nodes // 64 if isinstance(cached, TreeFacts) else 0))
     return cached
+
+
+def facts_of(hub: Hub, digest: Digest) -> Facts | None:
+    """Return what lists say of an artifact; None for anything else."""
+    found = known_of(hub, digest)
+    return found if isinstance(found, Facts) else None
 
 
 def history(hub: Hub, *heads: Digest) -> Iterator[Revision]:
@@ -283,7 +298,7 @@ def _blobs_below(hub: Hub, heads: tuple[Digest, ...]) -> Mapping[Digest, int]:
 
 
 def _of_this_machine(hub: Hub, name: str, called: Sequence[str] | None) -> Repository | None:
-    tags = {tag: digest for tag, digest in hub.refs.tags(name, called).items() if facts_of(hub, digest) is not None}
+    tags = {tag: digest for tag, digest in hub.refs.tags(name, called).items() if known_of(hub, digest) is not None}
     if not tags:
         return None
     identity = name.replace("--", "/", 1)
@@ -291,12 +306,37 @@ def _of_this_machine(hub: Hub, name: str, called: Sequence[str] | None) -> Repos
     return Repository(name, RepositoryRecord(identity, 0, branches=branches, tags=tags), None)
 
 
-def _as_commit(hub: Hub, digest: Digest, record: object) -> CommitRecord:
-    if not isinstance(record, Manifest):
-        raise NotFoundError(f"{digest} is no commit")
+def _files(hub: Hub, manifest: Manifest) -> dict[str, CommittedFile]:
+    """The files of an artifact; git has ids for all but the weights, by their bytes."""
     files = {}
-    for file in record.files:
+    for file in manifest.files:
         small = file.path != WEIGHTS_FILE
         data = b"".join(bytes(piece) for piece in hub.blobs.read(file.digest, 0, file.size)) if small else b""
         files[file.path] = CommittedFile(file.digest, file.size, git.blob_id(data) if small else None)
-    return CommitRecord(files, git.Signature("loraforge", 0), f"artifact {digest}", adapter=digest)
+    return files
+
+
+def _tree_files(hub: Hub, digest: Digest, tree: TreeRecord) -> tuple[dict[str, CommittedFile], dict[Digest, bytes]]:
+    """The folders of a tree, with the records that say what it is, in memory.
+
+    Of a tree that is too large for that, files without records; of one too large for a commit, none. What cannot be
+    read has no folder, which its page says.
+    """
+    files, made, size = dict[str, CommittedFile](), dict[Digest, bytes](), 0
+    if len(tree.nodes) > MAX_FOLDERS:
+        return files, made
+    records = {RECORD_FILE: encode_tree_record(TreeOnHub(digest, tree))}
+    for path, node in tree.nodes.items():
+        with suppress(LoraforgeError, OSError):
+            manifest = hub.refs.record(node)
+            if isinstance(manifest, Manifest):
+                folder = _files(hub, manifest)
+                files |= {f"{path}/{name}": file for name, file in folder.items()}
+                if size <= MAX_MADE:
+                    ids = {name: file.blob for name, file in folder.items() if file.blob is not None}
+                    record = records[f"{path}/{RECORD_FILE}"] = encode_record(Record(node, manifest, ids))
+                    size += len(record)
+    if size <= MAX_MADE and not any(RECORD_FILE in path.split("/") for path in tree.nodes):
+        made = {Digest.of(data): data for data in records.values()}
+        files |= {path: CommittedFile(Digest.of(d), len(d), git.blob_id(d)) for path, d in records.items()}
+    return files, made

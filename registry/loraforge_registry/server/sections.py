@@ -36,20 +36,29 @@ class Shown:
     at: str = ""  # the revision, where it is not the head
     spectrum: str = ""
     lineage: str = ""
+    trees: Sequence[tuple[str, str]] = ()  # pages of the trees' nodes that the adapter is, and what they are called
+    problem: str = ""  # why a record at the root is no tree
 
 
 def repository(shown: Shown) -> str:
     """The page of one repository."""
     found, revision, manifest, layout = shown.repository, shown.revision, shown.manifest, shown.layout
-    left = [shown.card, _targets(manifest, layout), shown.spectrum, _files(found, revision)]
+    left = [shown.card, targets_table(manifest, layout), shown.spectrum, files_table(found, revision)]
     drawn = f"<h2>Lineage</h2>{shown.lineage}" if shown.lineage else ""
-    right = [shown.loading, drawn, _lineage(manifest, shown.names, shown.links), _used_by(shown.used_by)]
+    right = [shown.loading, drawn, made_from(manifest, shown.names, shown.links), used_by(shown.used_by)]
+    right.append(in_trees(shown.trees))
     right.append(_digests(revision, manifest, shown.alike))
-    private = " <span class=quiet>private</span>" if found.record.private else ""
-    at = f" <span class=quiet>at {text(shown.at[:60])}</span>" if shown.at else ""
-    title = f"<h1><a class=title href='/{quote(found.id)}'>{text(found.id)}</a>{private}{at}</h1>"
-    head = f"{title}{_facts(found, revision, manifest, layout)}"
+    title = heading(found, shown.at)
+    problem = f"<p>This is shown as no tree of adapters: {text(shown.problem[:400])}.</p>" if shown.problem else ""
+    head = f"{title}{_facts(found, revision, manifest, layout)}{problem}"
     return f"{head}<div class=split><div>{''.join(left)}</div><div>{''.join(right)}</div></div>"
+
+
+def heading(found: Repository, at: str, below: str = "") -> str:
+    """The title of a page of a repository; ``below`` is HTML that goes on from its name."""
+    private = " <span class=quiet>private</span>" if found.record.private else ""
+    said = f" <span class=quiet>at {text(at[:60])}</span>" if at else ""
+    return f"<h1><a class=title href='/{quote(found.id)}'>{text(found.id)}</a>{below}{private}{said}</h1>"
 
 
 def _facts(found: Repository, revision: Revision, manifest: Manifest | None, layout: Layout | None) -> str:
@@ -66,18 +75,28 @@ def _facts(found: Repository, revision: Revision, manifest: Manifest | None, lay
     said = [text(fact[:200]) for fact in facts]
     if manifest is not None and manifest.base_name:
         said[0] = f"base {for_base(manifest.base_name)}"
+    return chips([*said, *revisions(found, revision)])
+
+
+def chips(said: Sequence[str]) -> str:
+    """Short facts side by side, each HTML."""
+    return f"<ul class=facts>{''.join(f'<li>{fact}</li>' for fact in said)}</ul>"
+
+
+def revisions(found: Repository, revision: Revision) -> list[str]:
+    """The branches and tags of a repository, as links, and the commit."""
+    said = []
     for kind, named in (("branch", found.record.branches), ("tag", found.record.tags)):
         said += [_named(found, kind, name) for name in sorted(named)[:MAX_NAMES]]
         said += [f"and {len(named) - MAX_NAMES} more"] if len(named) > MAX_NAMES else []
-    said += [f"commit {revision.id[:12]}"]
-    return f"<ul class=facts>{''.join(f'<li>{fact}</li>' for fact in said)}</ul>"
+    return [*said, f"commit {revision.id[:12]}"]
 
 
 def _named(found: Repository, kind: str, name: str) -> str:
     return f"{kind} <a href='/{quote(found.id)}/tree/{quote(name, safe='')}'>{text(name)}</a>"
 
 
-def _targets(manifest: Manifest | None, layout: Layout | None) -> str:
+def targets_table(manifest: Manifest | None, layout: Layout | None) -> str:
     """A row for all layers of a kind, with the error that a re-rank has recorded."""
     if manifest is None or layout is None:
         return ""
@@ -113,11 +132,15 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
 
 
-def _files(found: Repository, revision: Revision) -> str:
-    files = sorted(revision.commit.files.items())
+def files_table(found: Repository, revision: Revision, only_in: str | None = None) -> str:
+    """The files of a commit, or only those right in a folder: ``""`` is the root, any other name ends in a slash."""
+    below, paths = only_in or "", sorted(revision.commit.files)
+    if only_in is not None:
+        paths = [path for path in paths if path.startswith(below) and "/" not in path[len(below) :]]
+    files = [(path, revision.commit.files[path]) for path in paths]
     rows = [
         [
-            f"<a href='/{quote(found.id)}/resolve/{revision.id}/{quote(path)}'>{text(path)}</a>",
+            f"<a href='/{quote(found.id)}/resolve/{revision.id}/{quote(path)}'>{text(path[len(below) :])}</a>",
             text(size(file.size)),
             f"<code>{file.digest.short}</code>",
         ]
@@ -127,7 +150,8 @@ def _files(found: Repository, revision: Revision) -> str:
     return f"<h2>Files</h2>{table(['file', 'size>', 'sha256'], rows)}{more}"
 
 
-def _lineage(manifest: Manifest | None, names: Mapping[Digest, str], links: Mapping[Digest, str]) -> str:
+def made_from(manifest: Manifest | None, names: Mapping[Digest, str], links: Mapping[Digest, str]) -> str:
+    """What an adapter was made from, as a list."""
     if manifest is None or manifest.derivation is None:
         return ""
     return f"<h2>Made from</h2>{''.join(_derivation(manifest.derivation, names, links, 0))}"
@@ -161,11 +185,20 @@ def _source(source: Artifact | Digest, names: Mapping[Digest, str], links: Mappi
     return f"<span class=quiet>{what}</span> {shown}"
 
 
-def _used_by(names: Sequence[str]) -> str:
+def used_by(names: Sequence[str]) -> str:
+    """The repositories that have something made from an adapter."""
     if not names:
         return ""
     items = "".join(f"<li><a href='/{quote(name)}'>{text(name)}</a></li>" for name in names[:MAX_ROWS])
     return f"<h2>Used by</h2><ul class=line>{items}</ul>"
+
+
+def in_trees(trees: Sequence[tuple[str, str]]) -> str:
+    """The trees in which an adapter is a node."""
+    if not trees:
+        return ""
+    items = "".join(f"<li><a href='{href}'>{text(label)}</a></li>" for href, label in trees[:MAX_ROWS])
+    return f"<h2>A node of</h2><ul class=line>{items}</ul>"
 
 
 def _digests(revision: Revision, manifest: Manifest | None, alike: Sequence[str]) -> str:

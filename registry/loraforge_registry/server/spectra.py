@@ -77,7 +77,9 @@ class Spectra:
 
     def _begin(self, digest: Digest, content: Digest) -> None:
         with self._lock:
-            if content in self._waiting or self._queue.full():  # whoever asks again when there is room is put in then
+            if content in self._waiting or content in self._known:  # which may have come since it was looked for
+                return
+            if self._queue.full():  # whoever asks again when there is room is put in then
                 return
             self._waiting.add(content)
             self._queue.put_nowait((digest, content))
