@@ -17,7 +17,7 @@ from loraforge_registry.repositories import Outline, outline
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.sessions import Session, open_session
 from loraforge_registry.system import Buffer
-from loraforge_registry.trees import TreeFacts, decode_tree, facts_of_tree
+from loraforge_registry.trees import TreeFacts, TreeRecord, facts_of_tree
 
 _PIECE = 1024 * 1024
 _KEPT = 4 * 1024 * 1024  # bytes of records, as they are stored; in memory they are about ten times as large
@@ -141,7 +141,8 @@ class LocalRefs:
         found = facts_of(data)
         if found is None:
             with suppress(ManifestError):
-                return facts_of_tree(digest, decode_tree(data))
+                record = decode_record(data)
+                return facts_of_tree(digest, record) if isinstance(record, TreeRecord) else None
         return found
 
     def put_record(self, data: bytes) -> Digest:
