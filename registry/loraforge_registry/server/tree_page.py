@@ -67,7 +67,7 @@ def tree(planted: Planted, nodes: Sequence[Node], drawn: Sequence[Node], hidden:
             size(sum(f.size for f in facts)),
         ]
     head = sections.heading(found, planted.source.short) + sections.chips([*said, *sections.revisions(found, revision)])
-    picture = f"{_problems(nodes)}{_picture(planted, drawn, hidden)}"
+    picture = f"{_problems(planted, nodes)}{_picture(planted, drawn, hidden)}"
     if not record.nodes:
         grow = f"loraforge tree grow {planted.local} NODE --data FILE" if planted.local else ""
         picture = f"<p class=quiet>It has no nodes yet.</p>{copyable(grow) if grow else ''}"
@@ -104,7 +104,7 @@ def node(planted: Planted, told: Told) -> str:
     digests = f"artifact  {one.digest}" + (f"\ncontent   {told.manifest.content_id}" if told.manifest else "")
     right.append(f"<h2>Digests</h2>{copyable(digests)}")
     right.append(sections.files_table(found, planted.revision, only_in=f"{one.path}/"))
-    head = f"{title}{sections.chips(said)}{_problems([one])}{also}{picture}"
+    head = f"{title}{sections.chips(said)}{_problems(planted, [one])}{also}{picture}"
     return f"{head}{_split(''.join(left), ''.join(right))}"
 
 
@@ -119,15 +119,19 @@ def _split(left: str, right: str) -> str:
     return f"<div class=split><div>{left}</div><div>{right}</div></div>"
 
 
-def _problems(nodes: Sequence[Node]) -> str:
+def _problems(planted: Planted, nodes: Sequence[Node]) -> str:
     """The first few sentences on what is false, above everything that they make doubtful."""
     wrong = [node for node in nodes if node.problem]
     if not wrong:
         return ""
     items = "".join(f"<li><b>{node.path}</b>: {text(node.problem[:300])}</li>" for node in wrong[:8])
     items += f"<li>and {len(wrong) - 8:,} more</li>" if len(wrong) > 8 else ""
-    said = "This is not the tree that its record describes, and a pull would refuse it:"
-    return f"<div class=wrong><p>{said}</p><ul class=line>{items}</ul></div>"
+    said = (
+        "Not all of it is here as its record says"
+        if planted.tree.is_here
+        else ("This is not the tree that its record describes, and a pull would refuse it")
+    )
+    return f"<div class=wrong><p>{said}:</p><ul class=line>{items}</ul></div>"
 
 
 def _picture(planted: Planted, drawn: Sequence[Node], hidden: Mapping[str, int], this: str = "") -> str:
@@ -163,6 +167,7 @@ def _card(planted: Planted, node: Node, *, this: bool) -> Card:
         judged = [] if facts.loss is None else [f"loss {facts.loss:.4g}"]
         made = [] if facts.operation in (None, "train") else [printable(facts.operation or "", "")[:20]]
         notes = (" · ".join([f"rank {_span(facts.ranks)}", *judged, *made]),)
+    short = f"r {_span(facts.ranks)}" if facts is not None and not node.problem else ""
     mark = "damaged" if node.problem else "" if facts is None else facts.operation or ""
     return Card(
         node.path,
@@ -172,7 +177,7 @@ def _card(planted: Planted, node: Node, *, this: bool) -> Card:
         tip=f"{node.path}  {node.digest}",
         href=None if this else planted.href(node.path),
         rank=rank,
-        short=f"r {_span(facts.ranks)}" if facts is not None and not node.problem else "",
+        short=short if len(short) < 10 else "",
         this=this,
     )
 
