@@ -1,5 +1,6 @@
 """Trees on the pages: recognised wherever they live, drawn, listed, linked; what is false or private there."""
 
+import ast
 import json
 import re
 import time
@@ -7,6 +8,7 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from dataclasses import replace
+from html import unescape
 from urllib.parse import quote
 
 import pytest
@@ -352,6 +354,14 @@ def test_what_a_strangers_nodes_say_is_text(server, tmp_path, run, name):
         assert not found.handlers
         assert "\u202e" not in html
         assert EVIL[:20] in found.text
+    code = re.search("<pre data-copy>(.*?)</pre>", get(server, f"/me/{name}")[1], re.DOTALL)[1]
+    (base,) = [
+        line
+        for line in ast.parse(unescape(code)).body
+        if getattr(line, "targets", None) and line.targets[0].id == "base"
+    ]
+    assert base.value.args[0].value.startswith(EVIL[:20])
+    assert "BASE is the directory of the base" in see(get(server, f"/me/{name}")[1]).text
 
 
 def test_numbers_that_no_file_has_are_not_believed(server, tmp_path, run, name):

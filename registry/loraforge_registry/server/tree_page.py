@@ -57,25 +57,22 @@ class Told:
 
 def tree(planted: Planted, nodes: Sequence[Node], drawn: Sequence[Node], hidden: Mapping[str, int]) -> str:
     """The page of a tree. ``drawn`` are its nodes in the picture, ``hidden`` counts children that are not."""
-    found, revision, record = planted.repository, planted.revision, planted.tree.record
+    record = planted.tree.record
     said = [f"a tree of {count(len(record.nodes), 'node', 'nodes')}"]
     said += [f"base {for_base(record.base_name)}"] if record.base_name else []
     facts = [node.facts for node in nodes if node.facts is not None]
     if facts and len(facts) == len(record.nodes):
-        said += [
-            count(sum(one.parameters for one in facts), "parameter", "parameters"),
-            size(sum(f.size for f in facts)),
-        ]
-    head = sections.heading(found, planted.source.short) + sections.chips([*said, *sections.revisions(found, revision)])
+        said += [count(sum(one.parameters for one in facts), "parameter", "parameters")]
+        said += [size(sum(one.size for one in facts))]
+    said += sections.revisions(planted.repository, planted.revision)
+    head = f"{sections.heading(planted.repository, planted.source.short)}{sections.chips(said)}"
     picture = f"{_problems(planted, nodes)}{_picture(planted, drawn, hidden)}"
     if not record.nodes:
         grow = f"loraforge tree grow {planted.local} NODE --data FILE" if planted.local else ""
         picture = f"<p class=quiet>It has no nodes yet.</p>{copyable(grow) if grow else ''}"
     deepest = max(record.nodes, key=lambda path: (path.count("/"), path), default="")
     loading = _loading(planted, deepest, nodes) if deepest else ""
-    files = sections.files_table(found, revision, only_in="")
-    files += "<p class=quiet>Each node's files are on its page.</p>" if deepest else ""
-    body = _split(f"{loading}{planted.card}", f"{_digests(planted.tree)}{files}")
+    body = _split(f"{loading}{planted.card}", f"{_digests(planted.tree)}{_files(planted)}")
     return f"{head}{picture}{_table(planted, nodes)}{body}"
 
 
@@ -106,6 +103,13 @@ def node(planted: Planted, told: Told) -> str:
     right.append(sections.files_table(found, planted.revision, only_in=f"{one.path}/"))
     head = f"{title}{sections.chips(said)}{_problems(planted, [one])}{also}{picture}"
     return f"{head}{_split(''.join(left), ''.join(right))}"
+
+
+def _files(planted: Planted) -> str:
+    if not planted.revision.commit.files:
+        return "<p class=quiet>A tree of so many nodes is shown without its files.</p>"
+    said = "<p class=quiet>Each node's files are on its page.</p>" if planted.tree.record.nodes else ""
+    return f"{sections.files_table(planted.repository, planted.revision, only_in='')}{said}"
 
 
 def _loading(planted: Planted, path: str, nodes: Sequence[Node]) -> str:
