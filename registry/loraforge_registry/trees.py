@@ -17,6 +17,7 @@ from loraforge_registry.names import RefName
 SCHEMA = "loraforge.tree/1"
 MAX_NODES = 10_000
 MAX_DEPTH = 16
+_TOLD = 501
 _TAKEN = {name.lower() for name in FILES}
 
 
@@ -46,12 +47,23 @@ class TreeRecord:
 
 @dataclass(frozen=True, slots=True)
 class TreeFacts:
-    """What lists say of a tree. ``heads`` are the first eight bytes of its nodes' digests, sorted."""
+    """What lists say of a tree; of the name of its base only the beginning, where that is long."""
 
     digest: Digest
     base: str
     nodes: int
-    heads: "array[int]"
+
+
+def facts_of_tree(digest: Digest, tree: TreeRecord) -> TreeFacts:
+    """Return the facts about a tree."""
+    return TreeFacts(digest, tree.base_name[:_TOLD], len(tree.nodes))
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """What of a tree says whether something is a node of it, in eight bytes a node."""
+
+    heads: "array[int]"  # the first eight bytes of each digest, sorted
 
     def may_hold(self, artifact: Digest) -> bool:
         """Whether an artifact may be a node; False is certain, True is for the record to say."""
@@ -60,9 +72,9 @@ class TreeFacts:
         return at < len(self.heads) and self.heads[at] == head
 
 
-def facts_of_tree(digest: Digest, tree: TreeRecord) -> TreeFacts:
-    """Return the facts about a tree: eight bytes for a node, where the record has some hundred."""
-    return TreeFacts(digest, tree.base_name, len(tree.nodes), array("Q", sorted(map(_head, tree.nodes.values()))))
+def members_of(tree: TreeRecord) -> Members:
+    """Gather the nodes of a tree."""
+    return Members(array("Q", sorted(map(_head, tree.nodes.values()))))
 
 
 def encode_tree(tree: TreeRecord) -> bytes:

@@ -1,5 +1,6 @@
 """Trees on the pages: recognised wherever they live, drawn, listed, linked; what is false or private there."""
 
+import ast
 import json
 import re
 import time
@@ -7,6 +8,7 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from dataclasses import replace
+from html import unescape
 from urllib.parse import quote
 
 import pytest
@@ -17,14 +19,15 @@ from loraforge_registry.hub_tree_record import TreeOnHub, encode_tree_record
 from loraforge_registry.ingest import open_adapter
 from loraforge_registry.manifest import Artifact, Derivation, Input
 from loraforge_registry.names import RefName
-from loraforge_registry.server import forest, nodes, repos, tree_page
+from loraforge_registry.server import around, forest, nodes, repos, tree_page
 from loraforge_registry.server.around import Around
 from loraforge_registry.server.hub import Settings
 from loraforge_registry.server.local import LocalBlobs, LocalRefs
+from loraforge_registry.server.recent import Recent
 from loraforge_registry.server.run import open_hub
 from loraforge_registry.store import Store
 from loraforge_registry.tree_figure import Card, figure, fitting, more, shown_first
-from loraforge_registry.trees import TreeRecord, encode_tree, facts_of_tree
+from loraforge_registry.trees import TreeRecord, encode_tree, members_of
 from tests.bad_files import config, pair, tensors, write_adapter
 from tests.hub import Server
 from tests.server import raw
@@ -351,6 +354,14 @@ def test_what_a_strangers_nodes_say_is_text(server, tmp_path, run, name):
         assert not found.handlers
         assert "\u202e" not in html
         assert EVIL[:20] in found.text
+    code = re.search("<pre data-copy>(.*?)</pre>", get(server, f"/me/{name}")[1], re.DOTALL)[1]
+    (base,) = [
+        line
+        for line in ast.parse(unescape(code)).body
+        if getattr(line, "targets", None) and line.targets[0].id == "base"
+    ]
+    assert base.value.args[0].value.startswith(EVIL[:20])
+    assert "BASE is the directory of the base" in see(get(server, f"/me/{name}")[1]).text
 
 
 def test_numbers_that_no_file_has_are_not_believed(server, tmp_path, run, name):
@@ -432,12 +443,26 @@ def test_what_a_page_reads_has_a_limit(monkeypatch, tmp_path):
     pins.close()
 
 
-def test_the_facts_about_a_tree_say_what_it_may_hold():
+def test_an_answer_reads_only_so_much_of_trees_that_were_not_read_before(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    made = [plant(store, tmp_path, f"t{number}:v1", ("a", "b"), base=f"acme/{number}") for number in range(3)]
+    assert len({artifacts["a"].digest for artifacts in made}) == 1
+    monkeypatch.setattr(around, "MAX_UNREAD", 4)
+    monkeypatch.setattr(forest, "_MEMBERS", Recent(1000))
+    hub, pins = open_hub(tmp_path / "store", Settings())
+    for expected in (["/t0", "/t1"], ["/t0", "/t1"]):  # which have its name; the third is known, and not asked for it
+        assert [place.href for place, _ in Around(hub, None).trees_with(made[0]["a"].digest)] == expected
+    monkeypatch.setattr(around, "MAX_UNREAD", 6)
+    assert len(list(Around(hub, None).trees_with(made[0]["a"].digest))) == 3
+    pins.close()
+
+
+def test_what_of_a_tree_is_kept_says_what_it_may_hold():
     paths = {f"n{number}": Digest.of(b"%d" % number) for number in range(500)}
-    facts = facts_of_tree(BASE, TreeRecord(BASE, "b", paths))
-    assert all(facts.may_hold(digest) for digest in paths.values())
-    assert not any(facts.may_hold(Digest.of(b"x%d" % number)) for number in range(500))
-    assert not facts_of_tree(BASE, TreeRecord(BASE, "b", {})).may_hold(BASE)
+    members = members_of(TreeRecord(BASE, "b", paths))
+    assert all(members.may_hold(digest) for digest in paths.values())
+    assert not any(members.may_hold(Digest.of(b"x%d" % number)) for number in range(500))
+    assert not members_of(TreeRecord(BASE, "b", {})).may_hold(BASE)
 
 
 def test_a_drawing_has_every_card_in_its_place():

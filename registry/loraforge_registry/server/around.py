@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from urllib.parse import quote
 
 from loraforge_registry.digest import Digest
@@ -18,6 +19,8 @@ from loraforge_registry.server.recent import Recent
 from loraforge_registry.server.repos import Repository
 from loraforge_registry.trees import TreeFacts
 
+MAX_HEADS = 100  # branches and tags of one repository that are asked whether they hold a tree
+MAX_UNREAD = 40_000  # nodes of trees that are read for one answer: about a second
 _PASTS = Recent[str, tuple[tuple[Digest, ...], Mapping[Digest, Digest]]](200_000)
 
 
@@ -95,21 +98,37 @@ class Around:
         ]
 
     def trees_with(self, artifact: Digest) -> Iterator[tuple[Place, str]]:
-        """Yield the trees of branches and tags that have an artifact as a node, each repository once, and its path."""
-        for repository in self.repositories:
-            for head in dict.fromkeys((repository.record.branches[head_of(repository)], *repository.record.needs)):
-                path = self._node(repository, head, artifact)
-                if path is not None:
-                    yield self._place(repository, artifact, head), path
-                    break
+        """Yield the trees of branches and tags that have an artifact as a node, each repository once, and its path.
 
-    def _node(self, repository: Repository, head: Digest, artifact: Digest) -> str | None:
-        outline = outline_at(self.hub, repository, head)
-        facts = None if outline is None else forest.facts_at(self.hub, outline)
-        if outline is None or not isinstance(facts, TreeFacts) or not facts.may_hold(artifact):
-            return None
+        A call reads so many nodes of trees that were not read before, and no more: another will read on.
+        """
+        unread, unnamed, found = MAX_UNREAD, MAX_UNREAD, set[str]()
+        for repository, head, outline, facts in self._trees():
+            members = forest.members_of_tree(facts)
+            if members is None and facts.nodes <= unread:
+                unread -= facts.nodes
+                members = forest.read_members(self.hub, outline, facts)
+            if repository.name in found or facts.nodes > unnamed or not (members and members.may_hold(artifact)):
+                continue
+            unnamed -= facts.nodes
+            path = self._path(outline, artifact)
+            if path is not None:
+                found.add(repository.name)
+                yield self._place(repository, artifact, head), path
+
+    def _trees(self) -> Iterator[tuple[Repository, Digest, Outline, TreeFacts]]:
+        """Yield the trees that branches and tags mean, those at the head of each repository first."""
+        for repository in self.repositories:
+            first = repository.record.branches[head_of(repository)]
+            for head in islice(dict.fromkeys((first, *repository.record.needs)), MAX_HEADS):
+                outline = outline_at(self.hub, repository, head)
+                facts = None if outline is None else forest.facts_at(self.hub, outline)
+                if outline is not None and isinstance(facts, TreeFacts):
+                    yield repository, head, outline, facts
+
+    def _path(self, at: Outline, artifact: Digest) -> str | None:
         with suppress(LoraforgeError, OSError):
-            tree = forest.tree_at(self.hub, outline)
+            tree = forest.tree_at(self.hub, at)
             nodes = () if tree is None else tree.record.nodes.items()
             return next((path for path, digest in nodes if digest == artifact), None)
         return None

@@ -3,6 +3,7 @@
 A stranger's record is read once, within a limit, and kept by the digest of its bytes. Lists need a few facts of it.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loraforge_registry.digest import Digest
@@ -14,12 +15,13 @@ from loraforge_registry.repositories import CommitRecord, CommittedFile, Outline
 from loraforge_registry.server import repos
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.recent import Recent
-from loraforge_registry.trees import TreeFacts, TreeRecord, facts_of_tree
+from loraforge_registry.trees import Members, TreeFacts, TreeRecord, facts_of_tree, members_of
 
-MAX_STATED = 4 * 1024 * 1024  # of a tree's record: ten thousand nodes have one
+MAX_STATED = 2 * 1024 * 1024  # of a tree's record: ten thousand nodes have one
 
 _FACTS = Recent[Digest, TreeFacts | str](50_000)  # by the blob of the record; a text says why there is no tree
 _TREES = Recent[Digest, TreeOnHub](50_000)  # nodes, by the same
+_MEMBERS = Recent[Digest, Members](2_500_000)  # nodes, by the tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,22 @@ def tree_at(hub: Hub, at: Outline | CommitRecord) -> Tree | None:
     return None if found is None else Tree(found.digest, found.tree, is_here=False)
 
 
+def members_of_tree(facts: TreeFacts) -> Members | None:
+    """Return what says which nodes a tree has, where it was read before."""
+    return _MEMBERS.get(facts.digest)
+
+
+def read_members(hub: Hub, at: Outline | CommitRecord, facts: TreeFacts) -> Members | None:
+    """Read what says which nodes a tree has; None where it cannot be read."""
+    with suppress(LoraforgeError, OSError):
+        tree = tree_at(hub, at)
+        if tree is not None:
+            members = members_of(tree.record)
+            _MEMBERS.put(facts.digest, members, 1 + facts.nodes)
+            return members
+    return None
+
+
 def _stated(hub: Hub, file: CommittedFile) -> TreeFacts | str:
     known = _FACTS.get(file.digest)
     if known is None:
@@ -68,10 +86,10 @@ def _stated(hub: Hub, file: CommittedFile) -> TreeFacts | str:
             found = _read(hub, file)
             known = "" if found is None else facts_of_tree(found.digest, found.tree)
         except FormatError as error:
-            known = str(error)
+            known = str(error)[:500]
         except (LoraforgeError, OSError):
             return f"{RECORD_FILE} cannot be read"
-        _FACTS.put(file.digest, known, 1 + (0 if isinstance(known, str) else known.nodes // 64))
+        _FACTS.put(file.digest, known, 1)
     return known
 
 

@@ -265,7 +265,7 @@ def known_of(hub: Hub, digest: Digest) -> Facts | TreeFacts | None:
         with suppress(LoraforgeError, OSError):
             cached = hub.refs.facts(digest)
         if cached is not None:
-            _FACTS.put(digest, cached, 1 + (cached.nodes // 64 if isinstance(cached, TreeFacts) else 0))
+            _FACTS.put(digest, cached, 1)
     return cached
 
 

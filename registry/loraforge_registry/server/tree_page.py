@@ -57,25 +57,22 @@ class Told:
 
 def tree(planted: Planted, nodes: Sequence[Node], drawn: Sequence[Node], hidden: Mapping[str, int]) -> str:
     """The page of a tree. ``drawn`` are its nodes in the picture, ``hidden`` counts children that are not."""
-    found, revision, record = planted.repository, planted.revision, planted.tree.record
+    record = planted.tree.record
     said = [f"a tree of {count(len(record.nodes), 'node', 'nodes')}"]
     said += [f"base {for_base(record.base_name)}"] if record.base_name else []
     facts = [node.facts for node in nodes if node.facts is not None]
     if facts and len(facts) == len(record.nodes):
-        said += [
-            count(sum(one.parameters for one in facts), "parameter", "parameters"),
-            size(sum(f.size for f in facts)),
-        ]
-    head = sections.heading(found, planted.source.short) + sections.chips([*said, *sections.revisions(found, revision)])
-    picture = f"{_problems(nodes)}{_picture(planted, drawn, hidden)}"
+        said += [count(sum(one.parameters for one in facts), "parameter", "parameters")]
+        said += [size(sum(one.size for one in facts))]
+    said += sections.revisions(planted.repository, planted.revision)
+    head = f"{sections.heading(planted.repository, planted.source.short)}{sections.chips(said)}"
+    picture = f"{_problems(planted, nodes)}{_picture(planted, drawn, hidden)}"
     if not record.nodes:
         grow = f"loraforge tree grow {planted.local} NODE --data FILE" if planted.local else ""
         picture = f"<p class=quiet>It has no nodes yet.</p>{copyable(grow) if grow else ''}"
     deepest = max(record.nodes, key=lambda path: (path.count("/"), path), default="")
     loading = _loading(planted, deepest, nodes) if deepest else ""
-    files = sections.files_table(found, revision, only_in="")
-    files += "<p class=quiet>Each node's files are on its page.</p>" if deepest else ""
-    body = _split(f"{loading}{planted.card}", f"{_digests(planted.tree)}{files}")
+    body = _split(f"{loading}{planted.card}", f"{_digests(planted.tree)}{_files(planted)}")
     return f"{head}{picture}{_table(planted, nodes)}{body}"
 
 
@@ -104,8 +101,15 @@ def node(planted: Planted, told: Told) -> str:
     digests = f"artifact  {one.digest}" + (f"\ncontent   {told.manifest.content_id}" if told.manifest else "")
     right.append(f"<h2>Digests</h2>{copyable(digests)}")
     right.append(sections.files_table(found, planted.revision, only_in=f"{one.path}/"))
-    head = f"{title}{sections.chips(said)}{_problems([one])}{also}{picture}"
+    head = f"{title}{sections.chips(said)}{_problems(planted, [one])}{also}{picture}"
     return f"{head}{_split(''.join(left), ''.join(right))}"
+
+
+def _files(planted: Planted) -> str:
+    if not planted.revision.commit.files:
+        return "<p class=quiet>A tree of so many nodes is shown without its files.</p>"
+    said = "<p class=quiet>Each node's files are on its page.</p>" if planted.tree.record.nodes else ""
+    return f"{sections.files_table(planted.repository, planted.revision, only_in='')}{said}"
 
 
 def _loading(planted: Planted, path: str, nodes: Sequence[Node]) -> str:
@@ -119,15 +123,19 @@ def _split(left: str, right: str) -> str:
     return f"<div class=split><div>{left}</div><div>{right}</div></div>"
 
 
-def _problems(nodes: Sequence[Node]) -> str:
+def _problems(planted: Planted, nodes: Sequence[Node]) -> str:
     """The first few sentences on what is false, above everything that they make doubtful."""
     wrong = [node for node in nodes if node.problem]
     if not wrong:
         return ""
     items = "".join(f"<li><b>{node.path}</b>: {text(node.problem[:300])}</li>" for node in wrong[:8])
     items += f"<li>and {len(wrong) - 8:,} more</li>" if len(wrong) > 8 else ""
-    said = "This is not the tree that its record describes, and a pull would refuse it:"
-    return f"<div class=wrong><p>{said}</p><ul class=line>{items}</ul></div>"
+    said = (
+        "Not all of it is here as its record says"
+        if planted.tree.is_here
+        else ("This is not the tree that its record describes, and a pull would refuse it")
+    )
+    return f"<div class=wrong><p>{said}:</p><ul class=line>{items}</ul></div>"
 
 
 def _picture(planted: Planted, drawn: Sequence[Node], hidden: Mapping[str, int], this: str = "") -> str:
@@ -163,6 +171,7 @@ def _card(planted: Planted, node: Node, *, this: bool) -> Card:
         judged = [] if facts.loss is None else [f"loss {facts.loss:.4g}"]
         made = [] if facts.operation in (None, "train") else [printable(facts.operation or "", "")[:20]]
         notes = (" · ".join([f"rank {_span(facts.ranks)}", *judged, *made]),)
+    short = f"r {_span(facts.ranks)}" if facts is not None and not node.problem else ""
     mark = "damaged" if node.problem else "" if facts is None else facts.operation or ""
     return Card(
         node.path,
@@ -172,7 +181,7 @@ def _card(planted: Planted, node: Node, *, this: bool) -> Card:
         tip=f"{node.path}  {node.digest}",
         href=None if this else planted.href(node.path),
         rank=rank,
-        short=f"r {_span(facts.ranks)}" if facts is not None and not node.problem else "",
+        short=short if len(short) < 10 else "",
         this=this,
     )
 

@@ -55,7 +55,9 @@ def node(hub: Hub, call: Call) -> Response:
     others, around = relations(hub, call.user, found.namespace), Around(hub, call.user)
     planted = _planted(hub, call, found, revision, tree, others, folder=f"{path}/")
     links = {} if manifest is None or manifest.derivation is None else links_of(around, manifest.derivation)
-    links = {**links, **{digest: planted.href(other) for other, digest in tree.record.nodes.items()}}
+    sources = set() if manifest is None else set(manifest.lineage)
+    nodes = ((other, digest) for other, digest in tree.record.nodes.items() if digest in sources)
+    links = {**links, **{digest: planted.href(other) for other, digest in nodes}}
     told = Told(
         one,
         manifest,
