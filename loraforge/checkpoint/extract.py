@@ -196,7 +196,7 @@ def extract(  # noqa: PLR0913 - a criterion, its limits, and what the files do n
 def _read_delta(twins: Twins, name: str) -> tuple[Tensor, Squares] | None:
     """Return D and the variances of the rounding of W'; None where nothing changed."""
     pair = twins.read(name)
-    return None if pair is None else (difference(*pair), rounding_noise(pair[1]))
+    return None if pair is None else (difference(*pair, twins.space), rounding_noise(pair[1]))
 
 
 def _extract_one(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraforge.checkpoint.sketch import pieces
 
-_GRID, _STEPS = 32, 30  # points at which the edge is looked for, and halvings for each
+_GRID, _STEPS = 32, 16  # points at which the edge is looked for, and halvings for each
 # where the exponent's bits are, in which integer type, and how many bits of mantissa follow
 _LAYOUT = {
     torch.bfloat16: (torch.int16, 0x7F80, 7),

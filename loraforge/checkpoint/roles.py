@@ -147,7 +147,7 @@ def _left_out(twins: Twins, name: str) -> list[float | None]:
         return []
     for side, tensor in zip((twins.before, twins.after), pair, strict=True):
         side.check_finite(name, tensor)
-    size = math.sqrt(squares(difference(*pair)).total)
+    size = math.sqrt(squares(difference(*pair, twins.space)).total)
     return [size] if size else []
 
 

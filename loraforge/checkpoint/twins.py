@@ -12,6 +12,7 @@ from loraforge.adapter import DTYPES
 from loraforge.checkpoint.reader import Checkpoint, TensorAt, open_checkpoint
 from loraforge.checkpoint.receipt import checkpoint_digest
 from loraforge.checkpoint.sketch import pieces
+from loraforge.checkpoint.workspace import Workspace
 from loraforge.errors import CompositionError, NumericalError
 from loraforge_registry.digest import Digest
 from loraforge_registry.paths import AnyPath
@@ -26,10 +27,10 @@ class Side:
     checkpoint: Checkpoint
     digests: dict[str, Digest] = field(default_factory=dict)
 
-    def raw(self, name: str) -> Tensor:
-        """Return a tensor's bytes."""
+    def raw(self, name: str, room: Tensor | None = None) -> Tensor:
+        """Return a tensor's bytes, in new memory or in ``room``."""
         tensor = self.checkpoint.tensors[name]
-        raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        raw = torch.empty(tensor.nbytes, dtype=torch.uint8) if room is None else room
         self.checkpoint.read_into(tensor, 0, raw.numpy().data)
         return raw
 
@@ -69,6 +70,7 @@ class Twins:
 
     before: Side
     after: Side
+    space: Workspace = field(default_factory=Workspace)
 
     @property
     def shared(self) -> list[str]:
@@ -101,13 +103,16 @@ class Twins:
         )
 
     def read(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return a shared tensor of both, or None where both are the same bits.
+        """Return a shared tensor of both, or None where both are the same bits; the next call overwrites it.
 
         Raises:
             CompositionError: they differ, and are not of a type that is computed with.
         """
         old, new = self.at(name)
-        first, second = self.before.raw(name), self.after.raw(name)
+        first, second = (
+            side.raw(name, self.space(which, torch.uint8, (tensor.nbytes,)))
+            for side, which, tensor in ((self.before, "before", old), (self.after, "after", new))
+        )
         self.before.note(name, first)
         if old.entry.dtype == new.entry.dtype and torch.equal(first, second):
             self.after.digests[name] = self.before.digests[name]
@@ -150,15 +155,15 @@ def open_twins(base: AnyPath, finetuned: AnyPath) -> Iterator[Twins]:
         after.check_unchanged()
 
 
-def difference(before: Tensor, after: Tensor) -> Tensor:
-    """Return ``after - before`` as a matrix of its first dimension by the rest.
+def difference(before: Tensor, after: Tensor, space: Workspace) -> Tensor:
+    """Return ``after - before`` as a matrix of its first dimension by the rest, in a buffer of ``space``.
 
     Numerics: float64 where one of them is, else float32, in which a difference of 16-bit numbers is exact unless one
     is more than 2^13 times the other.
     """
     wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
     old, new = (tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1) for tensor in (before, after))
-    found = torch.empty(new.shape, dtype=wide)
+    found = space("difference", wide, (new.shape[0], new.shape[1]))
     for rows in pieces(found):  # the whole of both in a wider type would be the peak of the memory
         torch.sub(new[rows].to(wide), old[rows].to(wide), out=found[rows])
     return found
