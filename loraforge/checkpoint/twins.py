@@ -1,6 +1,7 @@
 """Two checkpoints of one model, read side by side, one tensor at a time."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -37,6 +38,12 @@ class Side:
     def note(self, name: str, raw: Tensor) -> None:
         """Remember the digest of what was read."""
         self.digests[name] = Digest.from_raw("blake3", blake3(raw.numpy().data).digest())
+
+    def noted(self, name: str, room: Tensor) -> Tensor:
+        """Return a tensor's bytes in ``room``, and remember their digest."""
+        raw = self.raw(name, room)
+        self.note(name, raw)
+        return raw
 
     def typed(self, name: str, raw: Tensor) -> Tensor:
         """Return bytes as the tensor that they are."""
@@ -109,15 +116,11 @@ class Twins:
             CompositionError: they differ, and are not of a type that is computed with.
         """
         old, new = self.at(name)
-        first, second = (
-            side.raw(name, self.space(which, torch.uint8, (tensor.nbytes,)))
-            for side, which, tensor in ((self.before, "before", old), (self.after, "after", new))
-        )
-        self.before.note(name, first)
+        rooms = [self.space(which, torch.uint8, (at.nbytes,)) for which, at in (("before", old), ("after", new))]
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(Side.noted, (self.before, self.after), (name, name), rooms)
         if old.entry.dtype == new.entry.dtype and torch.equal(first, second):
-            self.after.digests[name] = self.before.digests[name]
             return None
-        self.after.note(name, second)
         if not self.are_floats(name):
             raise CompositionError(
                 f"tensor {name!r} differs, and is {old.entry.dtype} in {self.before.checkpoint.path} and "
