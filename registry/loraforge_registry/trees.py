@@ -1,8 +1,6 @@
 """The record of a tree of adapters: its base, and a node for every path (SPEC.md section 12)."""
 
 import difflib
-from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +15,6 @@ from loraforge_registry.names import RefName
 SCHEMA = "loraforge.tree/1"
 MAX_NODES = 10_000
 MAX_DEPTH = 16
-_TOLD = 501
 _TAKEN = {name.lower() for name in FILES}
 
 
@@ -43,38 +40,6 @@ class TreeRecord:
     def lineage(self) -> tuple[Digest, ...]:
         """A tree keeps no tree before it: the reflog says what those were."""
         return ()
-
-
-@dataclass(frozen=True, slots=True)
-class TreeFacts:
-    """What lists say of a tree; of the name of its base only the beginning, where that is long."""
-
-    digest: Digest
-    base: str
-    nodes: int
-
-
-def facts_of_tree(digest: Digest, tree: TreeRecord) -> TreeFacts:
-    """Return the facts about a tree."""
-    return TreeFacts(digest, tree.base_name[:_TOLD], len(tree.nodes))
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """What of a tree says whether something is a node of it, in eight bytes a node."""
-
-    heads: "array[int]"  # the first eight bytes of each digest, sorted
-
-    def may_hold(self, artifact: Digest) -> bool:
-        """Whether an artifact may be a node; False is certain, True is for the record to say."""
-        head = _head(artifact)
-        at = bisect_left(self.heads, head)
-        return at < len(self.heads) and self.heads[at] == head
-
-
-def members_of(tree: TreeRecord) -> Members:
-    """Gather the nodes of a tree."""
-    return Members(array("Q", sorted(map(_head, tree.nodes.values()))))
 
 
 def encode_tree(tree: TreeRecord) -> bytes:
@@ -165,10 +130,6 @@ def untruths(tree: TreeRecord, read: Callable[[Digest], object]) -> Iterator[str
             yield f"node {path!r} is no adapter"
         elif found.parent != expected:
             yield f"node {path!r} was made atop {_spell(found.parent)}, its place is atop {_spell(expected)}"
-
-
-def _head(digest: Digest) -> int:
-    return int.from_bytes(digest.raw[:8])
 
 
 def _spell(digest: Digest | None) -> str:

@@ -26,8 +26,9 @@ from loraforge_registry.server.local import LocalBlobs, LocalRefs
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.server.run import open_hub
 from loraforge_registry.store import Store
+from loraforge_registry.tree_facts import members_of
 from loraforge_registry.tree_figure import Card, figure, fitting, more, shown_first
-from loraforge_registry.trees import TreeRecord, encode_tree, members_of
+from loraforge_registry.trees import TreeRecord, encode_tree
 from tests.bad_files import config, pair, tensors, write_adapter
 from tests.hub import Server
 from tests.server import raw

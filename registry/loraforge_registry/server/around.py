@@ -17,7 +17,7 @@ from loraforge_registry.server.api import head_of
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.server.repos import Repository
-from loraforge_registry.trees import TreeFacts
+from loraforge_registry.tree_facts import TreeFacts
 
 MAX_HEADS = 100  # branches and tags of one repository that are asked whether they hold a tree
 MAX_UNREAD = 40_000  # nodes of trees that are read for one answer: about a second

@@ -14,7 +14,7 @@ from loraforge_registry.server.call import Call
 from loraforge_registry.server.errors import unauthorised
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.web import Visit, copyable, count, page, size, text
-from loraforge_registry.trees import TreeFacts
+from loraforge_registry.tree_facts import TreeFacts
 
 SHOWN = 50
 BASES = 100  # in the list to choose from; any other is a link beside an adapter, or in an address

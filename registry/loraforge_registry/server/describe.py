@@ -15,7 +15,7 @@ from loraforge_registry.server import repos
 from loraforge_registry.server.forest import facts_at
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.repos import MAIN, Repository, Revision, history
-from loraforge_registry.trees import TreeFacts
+from loraforge_registry.tree_facts import TreeFacts
 
 
 def iso(seconds: int) -> str:

@@ -15,7 +15,8 @@ from loraforge_registry.repositories import CommitRecord, CommittedFile, Outline
 from loraforge_registry.server import repos
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.recent import Recent
-from loraforge_registry.trees import Members, TreeFacts, TreeRecord, facts_of_tree, members_of
+from loraforge_registry.tree_facts import Members, TreeFacts, facts_of_tree, members_of
+from loraforge_registry.trees import TreeRecord
 
 MAX_STATED = 2 * 1024 * 1024  # of a tree's record: ten thousand nodes have one
 

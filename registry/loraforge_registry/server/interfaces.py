@@ -11,7 +11,7 @@ from loraforge_registry.digest import Digest
 from loraforge_registry.facts import Facts
 from loraforge_registry.records import Record
 from loraforge_registry.repositories import Outline
-from loraforge_registry.trees import TreeFacts
+from loraforge_registry.tree_facts import TreeFacts
 
 Buffer = bytes | bytearray | memoryview
 

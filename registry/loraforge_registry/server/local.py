@@ -17,7 +17,8 @@ from loraforge_registry.repositories import Outline, outline
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.sessions import Session, open_session
 from loraforge_registry.system import Buffer
-from loraforge_registry.trees import TreeFacts, TreeRecord, facts_of_tree
+from loraforge_registry.tree_facts import TreeFacts, facts_of_tree
+from loraforge_registry.trees import TreeRecord
 
 _PIECE = 1024 * 1024
 _KEPT = 4 * 1024 * 1024  # bytes of records, as they are stored; in memory they are about ten times as large

@@ -31,7 +31,8 @@ from loraforge_registry.server.accounts import User
 from loraforge_registry.server.errors import bad_request, forbidden, no_repository, no_revision, unauthorised
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.recent import Recent
-from loraforge_registry.trees import TreeFacts, TreeRecord
+from loraforge_registry.tree_facts import TreeFacts
+from loraforge_registry.trees import TreeRecord
 
 MAIN = "main"
 MAX_FOLDERS = 2_000  # nodes of a tree on this machine that are served as files
