@@ -1,7 +1,7 @@
 r"""What a merge does to one tensor: ``forward`` makes the new values, ``guess`` goes back as far as arithmetic can.
 
     Sum        W' = RN(W + sum_i c_i B_i A_i)           weights of every kind, biases of lora_bias
-    SumInTurn  the same as PEFT computes it: float32, one adapter after the other
+    SumInTurn  the same as PEFT computes it: float32 (float64 where the base is), one adapter after the other
     Dora       W' = RN(f (W + dW)), f = m / |W + dW|    arXiv:2402.09353, eq. 5; the norm is that of the original W
     Replaced   W' = what the adapter carries whole      modules_to_save, trained biases
     Rows       some rows of W' = what it carries        trainable tokens
@@ -166,15 +166,16 @@ class Sum:
 
 @dataclass
 class SumInTurn(Sum):
-    """PEFT's arithmetic: each update in float32, added and rounded one after the other."""
+    """PEFT's arithmetic: each update in float32 (float64 for a float64 base), added and rounded one after the other."""
 
     def forward(self, block: Tensor, rows: slice, space: Allocate, *, back: bool) -> Outcome:
         """Return what ``merge_adapter`` of PEFT leaves, to the bit: ``W += (B @ A) * scale`` for each adapter."""
         values = block.clone()
+        wide = torch.float64 if block.dtype == torch.float64 else torch.float32  # PEFT widens a short base's factors
         for term in self.delta.terms:
             # of few rows a BLAS makes a product by another kernel, with other bits than in the whole
             first = max(0, min(rows.start, rows.stop - _ENOUGH))
-            left, right = term.rows_factor[first : rows.stop].float(), term.columns.float()
+            left, right = term.rows_factor[first : rows.stop].to(wide), term.columns.to(wide)
             delta = (right.T @ left.T).T if term.flipped else left @ right
             update = delta[rows.start - first :] * term.coefficient
             values += update.to(block.dtype) if term.looked_up else update

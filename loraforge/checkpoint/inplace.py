@@ -65,7 +65,7 @@ def merge_in_place(
     known = [ingredient.adapter for ingredient in ingredients]
     with _alone(directory):
         finished = _finish(directory, known, registry)
-        if finished is None or finished[0] != "merge" or not _same(finished[1].used, used):
+        if finished is None or finished[0] != "merge" or not _same(finished[1], used, compute):
             _check_clean(directory)
             with open_checkpoint(directory) as checkpoint:
                 changes = plan_changes(checkpoint, ingredients, compute=compute)
@@ -248,8 +248,9 @@ def _check_clean(directory: Path) -> None:
         raise ConflictError(f"{directory} has {', '.join(labels)} merged in already; unmerge that first, or give --out")
 
 
-def _same(first: Sequence[Used], second: Sequence[Used]) -> bool:
-    return [(u.content_id, u.weight) for u in first] == [(u.content_id, u.weight) for u in second]
+def _same(said: Receipt, used: Sequence[Used], compute: str) -> bool:
+    there, here = ([(u.content_id, u.weight) for u in adapters] for adapters in (said.used, used))
+    return (there, said.compute) == (here, compute)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int], object]
 """Called with the number of bytes that have just been done."""
 
-_KEY = "loraforge.merge/4"  # another number where equal inputs would give other bytes
+_KEY = "loraforge.merge/5"  # another number where equal inputs would give other bytes
 
 
 def merge(
@@ -52,7 +52,7 @@ def merge(
 
     Equation: ``W' = round(W + sum_i w_i scale_i B_i A_i)``, the real number rounded once into W's type, however many
     adapters there are (see ``exact``); with ``compute="float32"`` as PEFT's ``merge_adapter`` does it, one after the
-    other in float32. DoRA, saved modules, biases and token rows as PEFT merges them.
+    other in float32 (float64 for a float64 base). DoRA, saved modules, biases and token rows as PEFT merges them.
 
     The output keeps the base's files, shards and headers; beside the weights lies ``loraforge.receipt``, with which
     ``unmerge`` restores every bit of the base. Killed, the same call goes on where it was.

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import loraforge as lf
 from loraforge.adapter import LowRank
+from loraforge.checkpoint import journal
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -38,6 +39,19 @@ def test_a_merge_into_a_merged_checkpoint_says_what_stays_in(merged, tmp_path, r
     again = run("merge", merged, "french:v1", "--out", tmp_path / "again")
     assert again.code == 0
     assert "french:v1, law:v1 merged in already" in again.err
+
+
+def test_a_merge_in_place_that_was_cut_off_is_told_of_where_another_finishes_it(merged, tmp_path, run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "sync_aside", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lf.merge_in_place(tmp_path / "base", tmp_path / "law")
+    found = run("merge", tmp_path / "base", "french:v1", "--out", tmp_path / "both")
+    assert found.code == 0
+    assert "law merged in already, which stays in" in found.err
 
 
 def test_an_empty_path_is_not_the_current_directory(merged, tmp_path, run):

@@ -135,7 +135,7 @@ def test_pefts_arithmetic_to_the_bit(layer, dtype, options, tmp_path):
     assert_merges_as_peft(layer, NAMES[dtype], [options_of(layer, options)], tmp_path)
 
 
-@pytest.mark.parametrize(("layer", "dtype"), BITS)
+@pytest.mark.parametrize(("layer", "dtype"), [*BITS, *((name, "fp64") for name in LAYERS if name not in SHORT_PIECES)])
 def test_pefts_arithmetic_one_after_the_other(layer, dtype, tmp_path):
     configs = [options_of(layer, name) for name in ("plain", "rslora", "patterns")]
     assert_merges_as_peft(layer, NAMES[dtype], configs, tmp_path)

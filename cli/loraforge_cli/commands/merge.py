@@ -53,7 +53,8 @@ def command(
     from loraforge.registry import Registry
     from loraforge_cli.merging import keep_sources, print_merge, progress_bar
 
-    registry, before = Registry(session.store_path), merged_already(expand(base))
+    registry = Registry(session.store_path)
+    merged_already(expand(base))  # a receipt that is damaged is refused before anything is done
     if dry_run:
         print_merge(session, preview_merge(base, parsed, compute=compute, registry=registry), dry_run=True)
         return
@@ -67,7 +68,7 @@ def command(
                 base, parsed, out, compute=compute, receipt=not no_receipt, registry=registry, progress=progress
             )
     print_merge(session, result)
-    if out is not None and before:
+    if out is not None and (before := merged_already(expand(base))):  # a merge that was cut off has been finished
         note(
             f"{base} has {', '.join(before)} merged in already, which stays in and can be taken out of {base} only",
             quiet=session.quiet,

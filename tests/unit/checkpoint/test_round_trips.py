@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import loraforge as lf
 from loraforge.adapter import Adapter, LowRank
-from loraforge.checkpoint import output
+from loraforge.checkpoint import journal, output
 from loraforge.checkpoint.reader import open_checkpoint
 from loraforge.checkpoint.receipt import ReceiptFile
 from loraforge.errors import (
@@ -767,6 +767,24 @@ def test_in_place_twice(home):
     assert snapshot(home) == before
     with pytest.raises(NotFoundError, match="no such directory"):
         lf.merge_in_place(base / "model.safetensors", adapter)
+
+
+def test_in_place_with_another_arithmetic_than_it_began_with(home, monkeypatch):
+    """What is finished is what was begun, and is not said to be what was asked for."""
+    tensors = a_base()
+    base, adapter = write_base(home / "base", tensors), adapter_for(tensors)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "sync_aside", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lf.merge_in_place(base, adapter)
+    with pytest.raises(ConflictError, match="adapter 1 merged in already"):
+        lf.merge_in_place(base, adapter, compute="float32")
+    assert receipt_of(base).receipt.compute == "exact"
+    assert lf.verify_merge(base, adapters=[adapter]).holds
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
