@@ -787,6 +787,12 @@ def test_in_place_with_another_arithmetic_than_it_began_with(home, monkeypatch):
     assert lf.verify_merge(base, adapters=[adapter]).holds
 
 
+def test_weights_as_a_mapping_are_refused(home):
+    tensors = a_base()
+    base, adapter = write_base(home / "base", tensors), saved(adapter_for(tensors), home / "adapter")
+    refuses(home, CompositionError, "as a mapping; expected a list", base, {adapter: 0.5})
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
