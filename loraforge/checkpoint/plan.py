@@ -212,7 +212,8 @@ def _check_same(base: Checkpoint, home: TensorAt, key: str, tensor: Tensor) -> N
     raw = bytearray(home.nbytes)
     base.read_into(home, 0, memoryview(raw))
     ours = torch.frombuffer(raw, dtype=DTYPES[home.entry.dtype]).reshape(home.entry.shape)
-    if not torch.equal(ours, tensor.to(ours.dtype)):
+    # trained in a wider type or in a shorter one than that of the file
+    if not (torch.equal(ours, tensor.to(ours.dtype)) or torch.equal(ours.to(tensor.dtype), tensor)):
         raise CompositionError(
             f"{key!r} is not the base's {home.entry.name!r}: the adapter was trained on another base"
         )

@@ -793,6 +793,24 @@ def test_weights_as_a_mapping_are_refused(home):
     refuses(home, CompositionError, "as a mapping; expected a list", base, {adapter: 0.5})
 
 
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16, torch.float64])
+def test_rows_of_the_base_saved_in_another_type_than_its_file_has(kept, home):
+    """A model is often trained in a shorter type than its file's, and PEFT saves an embedding's rows along."""
+    tensors = {"embed_tokens.weight": normal(30, 24, std=1.0)}
+    pair = LowRank("embedding", normal(2, 30, seed=1), normal(24, 2, seed=2), 2.0)
+    base = write_base(home / "base", tensors, {"tie_word_embeddings": False})
+
+    def along(rows):
+        settings = Settings(target_modules=("embed_tokens",))
+        return Adapter({"embed_tokens": pair}, settings, {"embed_tokens.base_layer.weight": rows})
+
+    lf.merge(base, along(tensors["embed_tokens.weight"].to(kept)), home / "merged")
+    lf.merge(base, Adapter({"embed_tokens": pair}), home / "expected")
+    assert weights(home / "merged") == weights(home / "expected")
+    other = tensors["embed_tokens.weight"].to(kept) * 1.01
+    refuses(home, CompositionError, "trained on another base", base, along(other))
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
