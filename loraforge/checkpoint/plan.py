@@ -180,6 +180,10 @@ def _extra(home: TensorAt, key: str, tensor: Tensor, adapter: Adapter) -> Callab
         _check(home, tuple(tensor.shape), f"saved tensor {key!r}")
     if tensor.is_floating_point() != DTYPES[home.entry.dtype].is_floating_point:
         raise CompositionError(f"saved tensor {key!r} is {tensor.dtype}, the base's {name!r} is {home.entry.dtype}")
+    if not tensor.is_floating_point() and not torch.equal(tensor.to(DTYPES[home.entry.dtype]), tensor):
+        raise CompositionError(
+            f"saved tensor {key!r} has numbers that the base's {name!r}, {home.entry.dtype}, cannot hold"
+        )
     values = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
     return partial(_add_whole, change=Replaced(values), kind="a whole saved tensor")
 

@@ -811,6 +811,17 @@ def test_rows_of_the_base_saved_in_another_type_than_its_file_has(kept, home):
     refuses(home, CompositionError, "trained on another base", base, along(other))
 
 
+def test_saved_integers_that_the_base_cannot_hold(home):
+    tensors = a_base() | {"model.steps": torch.tensor([7], dtype=torch.uint8)}
+    base, settings = write_base(home / "base", tensors), Settings(modules_to_save=("model",))
+    pairs = adapter_for(tensors).targets
+    for number in (256, -1):
+        counted = Adapter(pairs, settings, {"model.steps": torch.tensor([number])})
+        refuses(home, CompositionError, "'model.steps', U8, cannot hold", base, counted)
+    lf.merge(base, Adapter(pairs, settings, {"model.steps": torch.tensor([255])}), home / "merged")
+    assert read_tensors(home / "merged")["model.steps"].tolist() == [255]
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
