@@ -822,6 +822,17 @@ def test_saved_integers_that_the_base_cannot_hold(home):
     assert read_tensors(home / "merged")["model.steps"].tolist() == [255]
 
 
+def test_the_current_directory_is_refused_before_anything_is_done(home, monkeypatch):
+    """Nothing can take its place by a rename, as empty as it may be."""
+    tensors = a_base()
+    base, adapter = write_base(home / "base", tensors), adapter_for(tensors)
+    (home / "empty").mkdir()
+    monkeypatch.chdir(home / "empty")
+    with pytest.raises(ConflictError, match="no name"):
+        lf.merge(base, adapter, ".")
+    assert list((home / "empty").iterdir()) == []
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
