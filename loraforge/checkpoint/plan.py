@@ -67,7 +67,7 @@ def _change(name: str, parts: _Contributions, total: type[Sum]) -> Change:
     if not parts.whole:
         return total(LowRankSum(name, parts.terms))
     first, kind = parts.whole[0]
-    same = all(_same_values(first, other) for other, _ in parts.whole)
+    same = all(_same_values(first, other) for other, _ in parts.whole[1:])
     if parts.terms or not same:
         raise CompositionError(
             f"tensor {name!r} has {kind} from one adapter, and {' and '.join(sorted(set(parts.labels)))} do not agree "

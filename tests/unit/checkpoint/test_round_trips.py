@@ -833,6 +833,14 @@ def test_the_current_directory_is_refused_before_anything_is_done(home, monkeypa
     assert list((home / "empty").iterdir()) == []
 
 
+def test_not_a_number_in_a_saved_tensor(home):
+    tensors = a_base()
+    base, settings = write_base(home / "base", tensors), Settings(modules_to_save=("embed",))
+    embedding = torch.full((30, 24), float("nan"))
+    adapter = Adapter(adapter_for(tensors).targets, settings, {"model.embed.weight": embedding})
+    refuses(home, NumericalError, "'model.embed.weight' at .0, 0.: .* would become nan", base, adapter)
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
