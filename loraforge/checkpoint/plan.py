@@ -67,7 +67,7 @@ def _change(name: str, parts: _Contributions, total: type[Sum]) -> Change:
     if not parts.whole:
         return total(LowRankSum(name, parts.terms))
     first, kind = parts.whole[0]
-    same = all(_same_values(first, other) for other, _ in parts.whole)
+    same = all(_same_values(first, other) for other, _ in parts.whole[1:])
     if parts.terms or not same:
         raise CompositionError(
             f"tensor {name!r} has {kind} from one adapter, and {' and '.join(sorted(set(parts.labels)))} do not agree "
@@ -180,6 +180,10 @@ def _extra(home: TensorAt, key: str, tensor: Tensor, adapter: Adapter) -> Callab
         _check(home, tuple(tensor.shape), f"saved tensor {key!r}")
     if tensor.is_floating_point() != DTYPES[home.entry.dtype].is_floating_point:
         raise CompositionError(f"saved tensor {key!r} is {tensor.dtype}, the base's {name!r} is {home.entry.dtype}")
+    if not tensor.is_floating_point() and not torch.equal(tensor.to(DTYPES[home.entry.dtype]), tensor):
+        raise CompositionError(
+            f"saved tensor {key!r} has numbers that the base's {name!r}, {home.entry.dtype}, cannot hold"
+        )
     values = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
     return partial(_add_whole, change=Replaced(values), kind="a whole saved tensor")
 
@@ -212,7 +216,8 @@ def _check_same(base: Checkpoint, home: TensorAt, key: str, tensor: Tensor) -> N
     raw = bytearray(home.nbytes)
     base.read_into(home, 0, memoryview(raw))
     ours = torch.frombuffer(raw, dtype=DTYPES[home.entry.dtype]).reshape(home.entry.shape)
-    if not torch.equal(ours, tensor.to(ours.dtype)):
+    # trained in a wider type or in a shorter one than that of the file
+    if not (torch.equal(ours, tensor.to(ours.dtype)) or torch.equal(ours.to(tensor.dtype), tensor)):
         raise CompositionError(
             f"{key!r} is not the base's {home.entry.name!r}: the adapter was trained on another base"
         )

@@ -24,6 +24,7 @@ ASIDE = ".merging"
 """What an in-place merge puts behind the names of the files it is writing, so that no loader takes them."""
 MAX_INDEX = 64 * 1024 * 1024
 MAX_SHARDS = 10_000
+_CUT_OFF = "an in-place merge was cut off here; run the same loraforge merge or unmerge again to finish it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,8 @@ def read_index(path: Path) -> dict[str, str]:
 
 def _where(path: Path, *, aside: bool) -> Path:
     other = path.with_name(path.name + ASIDE)
+    if not aside and other.exists() and not path.exists():
+        raise NotFoundError(f"{path.parent}: {_CUT_OFF}")
     return other if aside and other.exists() else path
 
 
@@ -211,7 +214,7 @@ def _why_not(names: list[str], candidates: list[str]) -> str:
     if len(candidates) > 1:
         return f"{len(candidates)} safetensors files but no {INDEX}, so which belong together is unknown"
     if any(name.endswith(ASIDE) for name in names):
-        return "an in-place merge was cut off here; run the same loraforge merge or unmerge again to finish it"
+        return _CUT_OFF
     if "adapter_config.json" in names:
         return "this is an adapter, expected the checkpoint of a base model"
     if any(name.startswith("pytorch_model") for name in names):

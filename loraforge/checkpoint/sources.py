@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -76,6 +76,8 @@ def find_adapters(receipt: Receipt, given: Sequence[Source], registry: Registry 
 
 
 def _weighted(adapters: "Source | Sequence[Source | tuple[Source, float]]") -> list[tuple[Source, float]]:
+    if isinstance(adapters, Mapping):  # its values would be lost without a word
+        raise CompositionError("adapters are given as a mapping; expected a list of (adapter, weight)")
     given = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else list(adapters)
     return [item if isinstance(item, tuple) else (item, 1.0) for item in given]
 

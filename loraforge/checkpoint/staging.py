@@ -82,7 +82,9 @@ def staging(base: Checkpoint, out: Path, key: Digest) -> Iterator["Staging"]:
 
 
 def check_place(base: Checkpoint, out: Path) -> None:
-    """Refuse an output that exists, or that lies in its own input."""
+    """Refuse an output that exists, that lies in its own input, or beside which nothing can be made."""
+    if not out.name:
+        raise ConflictError(f"{out} has no name that a finished output could be given; name a new directory")
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ConflictError(f"{out} exists already; name a new directory, or remove it first")
     if out.resolve().is_relative_to(base.path.resolve()):

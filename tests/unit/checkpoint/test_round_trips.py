@@ -787,6 +787,60 @@ def test_in_place_with_another_arithmetic_than_it_began_with(home, monkeypatch):
     assert lf.verify_merge(base, adapters=[adapter]).holds
 
 
+def test_weights_as_a_mapping_are_refused(home):
+    tensors = a_base()
+    base, adapter = write_base(home / "base", tensors), saved(adapter_for(tensors), home / "adapter")
+    refuses(home, CompositionError, "as a mapping; expected a list", base, {adapter: 0.5})
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16, torch.float64])
+def test_rows_of_the_base_saved_in_another_type_than_its_file_has(kept, home):
+    """A model is often trained in a shorter type than its file's, and PEFT saves an embedding's rows along."""
+    tensors = {"embed_tokens.weight": normal(30, 24, std=1.0)}
+    pair = LowRank("embedding", normal(2, 30, seed=1), normal(24, 2, seed=2), 2.0)
+    base = write_base(home / "base", tensors, {"tie_word_embeddings": False})
+
+    def along(rows):
+        settings = Settings(target_modules=("embed_tokens",))
+        return Adapter({"embed_tokens": pair}, settings, {"embed_tokens.base_layer.weight": rows})
+
+    lf.merge(base, along(tensors["embed_tokens.weight"].to(kept)), home / "merged")
+    lf.merge(base, Adapter({"embed_tokens": pair}), home / "expected")
+    assert weights(home / "merged") == weights(home / "expected")
+    other = tensors["embed_tokens.weight"].to(kept) * 1.01
+    refuses(home, CompositionError, "trained on another base", base, along(other))
+
+
+def test_saved_integers_that_the_base_cannot_hold(home):
+    tensors = a_base() | {"model.steps": torch.tensor([7], dtype=torch.uint8)}
+    base, settings = write_base(home / "base", tensors), Settings(modules_to_save=("model",))
+    pairs = adapter_for(tensors).targets
+    for number in (256, -1):
+        counted = Adapter(pairs, settings, {"model.steps": torch.tensor([number])})
+        refuses(home, CompositionError, "'model.steps', U8, cannot hold", base, counted)
+    lf.merge(base, Adapter(pairs, settings, {"model.steps": torch.tensor([255])}), home / "merged")
+    assert read_tensors(home / "merged")["model.steps"].tolist() == [255]
+
+
+def test_the_current_directory_is_refused_before_anything_is_done(home, monkeypatch):
+    """Nothing can take its place by a rename, as empty as it may be."""
+    tensors = a_base()
+    base, adapter = write_base(home / "base", tensors), adapter_for(tensors)
+    (home / "empty").mkdir()
+    monkeypatch.chdir(home / "empty")
+    with pytest.raises(ConflictError, match="no name"):
+        lf.merge(base, adapter, ".")
+    assert list((home / "empty").iterdir()) == []
+
+
+def test_not_a_number_in_a_saved_tensor(home):
+    tensors = a_base()
+    base, settings = write_base(home / "base", tensors), Settings(modules_to_save=("embed",))
+    embedding = torch.full((30, 24), float("nan"))
+    adapter = Adapter(adapter_for(tensors).targets, settings, {"model.embed.weight": embedding})
+    refuses(home, NumericalError, "'model.embed.weight' at .0, 0.: .* would become nan", base, adapter)
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
