@@ -82,6 +82,20 @@ def test_there_and_back_in_one_commit_and_nothing_twice(hub, repo, store, run, t
     assert run("--store", tmp_path / "other", "fsck", "--deep").code == 0
 
 
+def test_what_is_pushed_is_a_tree_of_the_servers_store(served, repo, hub, store, run):
+    on_that_machine, name = ("--store", served[0].store, "--json"), repo.replace("/", "--")
+    for nodes in (3, 2):
+        assert run("push", "t", "--to", f"hf://{repo}").code == 0
+        for _ in range(2):
+            listed = {line["tag"]: line["digest"] for line in run(*on_that_machine, "ls", name).json}
+            assert listed == dict.fromkeys(("latest", "main"), str(store.resolve("t")))
+            hub.upload_file(path_or_fileobj=b"more", path_in_repo=f"notes-{nodes}.txt", repo_id=repo)
+        assert len(run(*on_that_machine, "tree", "show", name).json["nodes"]) == nodes
+        run("tree", "prune", "t", "german")
+    assert run("--store", served[0].store, "gc", "--yes").code == 0
+    assert run("--store", served[0].store, "fsck", "--deep").code == 0
+
+
 def test_a_tag_means_one_tree(hub, repo, store, run, tmp_path):
     assert run("push", "t", "t:v1").code == 0
     assert run("push", "t:v1", "--to", f"hf://{repo}").code == 0
@@ -255,7 +269,7 @@ FALSE = {
 
 
 @pytest.mark.parametrize("name", FALSE)
-def test_what_is_false_is_refused_and_has_no_name(name, hub, repo, store, run, tmp_path):
+def test_what_is_false_is_refused_and_has_no_name(name, served, hub, repo, store, run, tmp_path):
     run("push", "t", "--to", f"hf://{repo}")
     change, said = FALSE[name]
     for path, data in change(hub, repo, store).items():
@@ -270,9 +284,10 @@ def test_what_is_false_is_refused_and_has_no_name(name, hub, repo, store, run, t
     message = json.loads(ran.out)["error"]["message"]
     assert said in message
     assert Store(tmp_path / "other").lookup(RefName("t")) is None
+    assert run("--store", served[0].store, "ls", repo.replace("/", "--")).code == 3, "the server's store has no tree"
 
 
-def test_a_node_atop_another_than_its_path_says_is_refused_before_any_weights(hub, repo, store, run, tmp_path):
+def test_a_node_atop_another_than_its_path_says_is_refused_before_any_weights(served, hub, repo, store, run, tmp_path):
     """Pushed by hand: a record that no store of ours would make."""
     german, law = (store.tree(store.resolve("t")).nodes[path] for path in ("german", "french/law"))
     run("push", "t", "--to", f"hf://{repo}")
@@ -285,6 +300,7 @@ def test_a_node_atop_another_than_its_path_says_is_refused_before_any_weights(hu
     ran = run(*other(tmp_path), "pull", f"hf://{repo}", "--as", "t")
     assert (ran.code, "its place is atop" in ran.json["error"]["message"]) == (2, True)
     assert not list((tmp_path / "other" / "blobs").rglob("?" * 64))
+    assert run("--store", served[0].store, "ls", repo.replace("/", "--")).code == 3
 
 
 def test_a_grafted_adapter_keeps_its_own_card(hub, repo, store, run, tmp_path):

@@ -251,5 +251,5 @@ def _record(hub: Hub, user: User, now: Revision, files: Mapping[str, CommittedFi
         message=message,
         parent=now.digest,
         parent_id=now.id,
-        adapter=gate.adapter_of(hub, files, now.commit),
+        adapter=gate.artifact_of(hub, files, now.commit),
     )

@@ -1,13 +1,18 @@
-"""What may be pushed: any file of a repository, but no pickle, no safetensors that could mislead, no false adapter."""
+"""What may be pushed: any file of a repository, but no pickle, no safetensors that could mislead, no false adapter.
+
+What a commit holds, an adapter or a tree, becomes an artifact of the store, as if it had been made on this machine.
+"""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from loraforge_registry import config as adapter_config
 from loraforge_registry.digest import Digest
-from loraforge_registry.errors import FormatError
+from loraforge_registry.errors import FormatError, LoraforgeError
 from loraforge_registry.header import Header, header_length, parse_header
-from loraforge_registry.hub_record import decode_record
+from loraforge_registry.hub_record import Record, decode_record
+from loraforge_registry.hub_tree_record import decode_tree_record
 from loraforge_registry.ingest import MAX_README, Incoming, examine
 from loraforge_registry.manifest import (
     CONFIG_FILE,
@@ -21,6 +26,7 @@ from loraforge_registry.manifest import (
 from loraforge_registry.repositories import CommitRecord, CommittedFile
 from loraforge_registry.server.errors import RefusedError, bad_request
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.trees import TreeRecord, encode_tree, untruths
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 MAX_STATED = 4 * 1024 * 1024  # of loraforge.json, which is read into memory whole
@@ -60,14 +66,14 @@ def check_file(hub: Hub, path: str, file: CommittedFile) -> None:
             raise bad_request(f"{path}: {error}") from error
 
 
-def adapter_of(hub: Hub, files: Mapping[str, CommittedFile], parent: CommitRecord | None) -> Digest | None:
-    """Return the artifact that the root of a commit is, stored; None where there is no adapter.
+def artifact_of(hub: Hub, files: Mapping[str, CommittedFile], parent: CommitRecord | None) -> Digest | None:
+    """Return what a commit holds, stored: the adapter at its root, or the tree that its folders are; else None.
 
     Raises:
         RefusedError: 400, the config and the tensors do not agree, or it is no LoRA that is modelled.
     """
     if CONFIG_FILE not in files or WEIGHTS_FILE not in files:
-        return None
+        return _tree_of(hub, files)
     if parent is not None and _root(files) == _root(parent.files):
         return parent.adapter
     try:
@@ -82,16 +88,82 @@ def _as_stated(hub: Hub, files: Mapping[str, CommittedFile], found: Manifest) ->
 
     It is not refused where it is of others: people edit what they pushed, with clients that do not know of it.
     """
+    stated = _stated(hub, files)
+    return stated.manifest if stated is not None and _is_of(stated.manifest, found) else found
+
+
+def _stated(hub: Hub, files: Mapping[str, CommittedFile]) -> Record | None:
     file = files.get(RECORD_FILE)
     if file is None or file.size > MAX_STATED:
-        return found
+        return None
     try:
-        stated = decode_record(_read(hub, file, 0, file.size)).manifest
+        return decode_record(_read(hub, file, 0, file.size))
     except FormatError:
-        return found
-    is_of_these = set(stated.files) <= set(found.files)
+        return None
+
+
+def _is_of(stated: Manifest, found: Manifest) -> bool:
+    """Whether what is stated is of the files that were examined."""
     same = replace(stated, files=(), derivation=None, report=None) == replace(found, files=())
-    return stated if is_of_these and same else found
+    return set(stated.files) <= set(found.files) and same
+
+
+def _tree_of(hub: Hub, files: Mapping[str, CommittedFile]) -> Digest | None:
+    """Return the tree that the record at the root names, stored with its nodes; None where a folder is not its node.
+
+    That is not refused: the tree's page says what is false, and the next push may mend it.
+    """
+    tree = _stated_tree(hub, files.get(RECORD_FILE))
+    if tree is None:
+        return None
+    nodes: dict[Digest, Manifest] = {}
+    read: set[Digest] = set()
+    for path, digest in tree.nodes.items():
+        node = _node_of(
+            hub, {name: files[f"{path}/{name}"] for name in _TOLD if f"{path}/{name}" in files}, digest, read
+        )
+        if node is None:
+            return None
+        nodes[digest] = node
+    if any(untruths(tree, nodes.__getitem__)):
+        return None
+    for node in nodes.values():
+        hub.refs.put_record(encode_manifest(node))
+    return hub.refs.put_record(encode_tree(tree))
+
+
+def _stated_tree(hub: Hub, file: CommittedFile | None) -> TreeRecord | None:
+    if file is None or file.size > MAX_STATED:
+        return None
+    try:
+        found = decode_tree_record(_read(hub, file, 0, file.size))
+    except FormatError:
+        return None
+    return None if found is None else found.tree
+
+
+def _node_of(hub: Hub, folder: Mapping[str, CommittedFile], digest: Digest, read: set[Digest]) -> Manifest | None:
+    """Return the manifest of a folder that is a certain artifact. Weights are read once, under whatever config."""
+    stated = _stated(hub, folder)
+    if stated is None or stated.digest != digest or not _has_all(folder, stated.manifest):
+        return None
+    with suppress(LoraforgeError):
+        hub.refs.record(digest)  # which was held against its files when it came
+        return stated.manifest
+    weights = folder.get(WEIGHTS_FILE)
+    if weights is None or CONFIG_FILE not in folder or weights.digest in read:
+        return None
+    read.add(weights.digest)
+    try:
+        found, _ = examine(_incoming(hub, folder), weights=_file(WEIGHTS_FILE, weights))
+    except (FormatError, RefusedError):
+        return None
+    return stated.manifest if _is_of(stated.manifest, found) else None
+
+
+def _has_all(folder: Mapping[str, CommittedFile], manifest: Manifest) -> bool:
+    there = {path: (file.digest, file.size) for path, file in folder.items()}
+    return all(there.get(file.path) == (file.digest, file.size) for file in manifest.files)
 
 
 def _incoming(hub: Hub, files: Mapping[str, CommittedFile]) -> Incoming:
