@@ -7,7 +7,7 @@ damaged one is no answer. The cache is written without fsync and gives way to an
 import hashlib
 import sqlite3
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import msgpack
 
 from loraforge_registry.digest import Digest
+from loraforge_registry.repositories import CommittedFile, Outline
 
 _VERSION = 1
 _BUSY = 0.2  # seconds to wait for another writer before doing without
@@ -83,6 +84,33 @@ def write_spectra(root: Path, content_id: Digest, row: bytes) -> None:
         _write(root, columns, [(content_id.raw, _check_sum(content_id.raw, row), row)])
 
 
+def read_outlines(root: Path, head: Digest) -> dict[Digest, Outline]:
+    """Return what is remembered of a commit and those before it, as far as it is; all in one step of SQLite's."""
+    query = """
+        WITH RECURSIVE past(digest, parent) AS (
+            SELECT digest, parent FROM outline WHERE digest = ?
+            UNION SELECT outline.digest, outline.parent FROM past JOIN outline ON outline.digest = past.parent)
+        SELECT group_concat(hex(digest) || hex(check_sum) || hex(row)) FROM past JOIN outline USING (digest)"""
+    try:
+        with closing(_connect(root, write=False)) as database:
+            (found,) = database.execute(query, [head.raw]).fetchone()
+        rows = [bytes.fromhex(text) for text in (found or "").split(",")]
+    except (sqlite3.Error, ValueError):
+        return {}
+    return {Digest.from_raw("sha256", row[:32]): _unpack_outline(row[40:])
+            for row in rows if _is_intact(row[:32], row[32:40], row[40:])}  # fmt: skip
+
+
+def write_outlines(root: Path, outlines: Mapping[Digest, Outline]) -> None:
+    """Remember what a walk along a history needs; like every row, one that may be lost."""
+    rows = []
+    for digest, outline in outlines.items():
+        row = _pack_outline(outline)
+        rows.append((digest.raw, _check_sum(digest.raw, row), row, outline.parent.raw if outline.parent else None))
+    with suppress(sqlite3.Error, OSError):
+        _write(root, "outline (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB, parent BLOB)", rows)
+
+
 def _read(root: Path, query: str, key: Digest) -> bytes | None:
     """One intact value, the second column of what a query for a key finds; the first is its checksum."""
     try:
@@ -101,11 +129,12 @@ def _insert(root: Path, rows: Iterable[tuple[Digest, Summary]]) -> None:
     _write(root, "summary (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB)", checked)
 
 
-def _write(root: Path, table: str, rows: Iterable[tuple[bytes, bytes, bytes]]) -> None:
+def _write(root: Path, table: str, rows: Sequence[Sequence[bytes | None]]) -> None:
     with closing(_connect(root, write=True)) as database, database:
         database.execute("PRAGMA synchronous = OFF")
         database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-        database.executemany(f"INSERT OR REPLACE INTO {table.split(maxsplit=1)[0]} VALUES (?, ?, ?)", rows)  # noqa: S608 - ours
+        marks = ", ".join("?" * len(rows[0]))
+        database.executemany(f"INSERT OR REPLACE INTO {table.split(maxsplit=1)[0]} VALUES ({marks})", rows)  # noqa: S608 - ours
 
 
 def _connect(root: Path, *, write: bool) -> sqlite3.Connection:
@@ -127,6 +156,23 @@ def _pack(summary: Summary) -> bytes:
 def _unpack(row: bytes) -> Summary:
     _, content, base, rank, targets, parameters, size, operation = msgpack.unpackb(row)
     return Summary(Digest.from_raw("sha256", content), base, rank, targets, parameters, size, operation)
+
+
+def _pack_outline(outline: Outline) -> bytes:
+    parent, adapter, file = (
+        None if outline.parent is None else outline.parent.raw,
+        None if outline.adapter is None else outline.adapter.raw,
+        None if outline.stated is None else [outline.stated.digest.raw, outline.stated.size, outline.stated.blob],
+    )
+    packed: bytes = msgpack.packb([_VERSION, outline.id, parent, adapter, outline.time, file])
+    return packed
+
+
+def _unpack_outline(row: bytes) -> Outline:
+    _, identity, parent, adapter, when, file = msgpack.unpackb(row)
+    before, artifact = (None if raw is None else Digest.from_raw("sha256", raw) for raw in (parent, adapter))
+    stated = None if file is None else CommittedFile(Digest.from_raw("sha256", file[0]), *file[1:])
+    return Outline(identity, before, artifact, when, stated)
 
 
 def _is_intact(digest: object, check: object, row: object) -> bool:

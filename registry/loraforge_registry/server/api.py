@@ -1,9 +1,9 @@
 """The Hub's requests about repositories: who am I, make, delete, list, look, name."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from typing import TypeVar
 from urllib.parse import parse_qs, quote, urlencode
 
 from starlette.responses import JSONResponse, Response
@@ -27,6 +27,7 @@ from loraforge_registry.server.repos import MAIN, Repository
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 PAGE = 1000  # entries at once, whatever a client asks for
 TRIES = 64  # of a compare-and-swap that others win
+T = TypeVar("T")
 
 
 def whoami(_: Hub, call: Call) -> Response:
@@ -101,7 +102,7 @@ def models(hub: Hub, call: Call) -> Response:
     if call.query.get("sort") in ("lastModified", "createdAt", "last_modified", "created_at"):
         key = "createdAt" if "reated" in call.query["sort"] else "lastModified"
         found.sort(key=lambda said: str(said[key]), reverse=True)
-    return page(call, found, start, limit)
+    return page(call, found, start, limit, dict)
 
 
 def info(hub: Hub, call: Call) -> Response:
@@ -120,7 +121,7 @@ def tree(hub: Hub, call: Call) -> Response:
     found = list(describe.entries(revision.commit, below, recursive=recursive))
     if below and not found:
         raise no_entry(below, revision.id)
-    return page(call, found, _number(call, "cursor", 0), _number(call, "limit", PAGE))
+    return page(call, found, _number(call, "cursor", 0), _number(call, "limit", PAGE), dict)
 
 
 def paths_info(hub: Hub, call: Call) -> Response:
@@ -146,9 +147,13 @@ def commits(hub: Hub, call: Call) -> Response:
     """GET /api/models/{id}/commits/{rev}."""
     repository = repos.find(hub, call.segments["id"], call.user)
     revision = repos.resolve(hub, repository, call.segments["rev"])
-    found = list(islice(describe.commits(hub, revision), 100_000))
-    start = _number(call, "p", 0) * 100
-    return page(call, found, start, 100, key="p", following=start // 100 + 1)
+    number = _number(call, "p", 0)
+    found = [digest for digest, _ in repos.history(hub, revision.digest)]
+
+    def say(digest: Digest) -> dict[str, object]:
+        return describe.commit(repos.revision_of(hub, digest))
+
+    return page(call, found, number * 100, 100, say, key="p", following=number + 1)
 
 
 def create_branch(hub: Hub, call: Call) -> Response:
@@ -198,9 +203,10 @@ def head_of(repository: Repository) -> str:
 
 def page(
     call: Call,
-    found: list[dict[str, object]],
+    found: Sequence[T],
     start: int,
     limit: int,
+    say: Callable[[T], dict[str, object]],
     *,
     key: str = "cursor",
     following: int | None = None,
@@ -212,7 +218,9 @@ def page(
         query = {**call.query, key: str(end if following is None else following)}
         path = quote(call.path, safe="/%:@!$&'()*+,;=~-._")
         headers["Link"] = f'<{call.endpoint}{path}?{urlencode(query)}>; rel="next"'
-    return Response(describe.dump(found[start:end]), headers=headers, media_type="application/json")
+    return Response(
+        describe.dump([say(one) for one in found[start:end]]), headers=headers, media_type="application/json"
+    )
 
 
 def _identity(fields: dict[str, object], user: User) -> str:

@@ -188,15 +188,11 @@ def _artifact(hub: Hub, outline: Outline) -> Digest | None:
 
 def _walk(hub: Hub, repository: Repository) -> Iterator[tuple[Digest, Digest]]:
     """Yield artifacts with their commits: older ones first, the main branch last."""
-    found: list[tuple[Digest, Digest]] = []
-    seen: set[Digest] = set()
-    for head in (repository.record.branches[head_of(repository)], *repository.record.needs):
-        commit: Digest | None = head
-        while commit is not None and commit not in seen:
-            seen.add(commit)
-            outline = outline_at(hub, repository, commit)
-            artifact = None if outline is None else _artifact(hub, outline)
-            if artifact is not None:
-                found.append((artifact, commit))
-            commit = None if outline is None else outline.parent
-    yield from reversed(found)
+    heads = (repository.record.branches[head_of(repository)], *repository.record.needs)
+    if repository.digest is None:  # made on this machine: each is an artifact, and nothing is before it
+        yield from ((head, head) for head in reversed(heads))
+        return
+    for commit, outline in reversed(repos.readable_history(hub, *heads)):
+        artifact = _artifact(hub, outline)
+        if artifact is not None:
+            yield artifact, commit

@@ -11,10 +11,9 @@ from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.facts import Facts
 from loraforge_registry.manifest import Manifest
 from loraforge_registry.repositories import CommitRecord, CommittedFile, Outline
-from loraforge_registry.server import repos
 from loraforge_registry.server.forest import facts_at
 from loraforge_registry.server.hub import Hub
-from loraforge_registry.server.repos import MAIN, Repository, Revision, history
+from loraforge_registry.server.repos import MAIN, Repository, Revision
 from loraforge_registry.tree_facts import TreeFacts
 
 
@@ -33,7 +32,7 @@ def lfs(file: CommittedFile) -> dict[str, object] | None:
 def model(hub: Hub, repository: Repository, revision: Revision, *, blobs: bool = False) -> dict[str, object]:
     """A repository at one commit."""
     return {
-        **summary(hub, repository, repos.outline_of(hub, revision.digest)),
+        **summary(hub, repository, revision.outline),
         "sha": revision.id,
         "siblings": [_sibling(path, file, blobs=blobs) for path, file in sorted(revision.commit.files.items())],
         "usedStorage": sum(revision.commit.blobs.values()),
@@ -106,17 +105,16 @@ def directory(path: str, oid: str) -> dict[str, object]:
     return {"type": "directory", "oid": oid, "size": 0, "path": path}
 
 
-def commits(hub: Hub, revision: Revision) -> Iterator[dict[str, object]]:
-    """A commit and all before it, newest first."""
-    for found in history(hub, revision.digest):
-        title, _, message = found.commit.message.partition("\n\n")
-        yield {
-            "id": found.id,
-            "title": title,
-            "message": message,
-            "date": iso(found.commit.author.time),
-            "authors": [{"user": found.commit.author.name}],
-        }
+def commit(revision: Revision) -> dict[str, object]:
+    """A commit in a list."""
+    title, _, message = revision.commit.message.partition("\n\n")
+    return {
+        "id": revision.id,
+        "title": title,
+        "message": message,
+        "date": iso(revision.commit.author.time),
+        "authors": [{"user": revision.commit.author.name}],
+    }
 
 
 def named_revisions(kind: str, table: Mapping[str, str]) -> list[dict[str, str]]:

@@ -59,8 +59,8 @@ class Refs(Protocol):
             NotFoundError: it is not there.
         """
 
-    def outline(self, digest: Digest) -> Outline | None:
-        """What a walk needs of a commit, quickly; None for another record (``repositories.outline``).
+    def past(self, digest: Digest) -> Iterator[tuple[Digest, Outline]]:
+        """Yield a commit and all before it, newest first, quickly; nothing for another record.
 
         Raises:
             NotFoundError: it is not there.

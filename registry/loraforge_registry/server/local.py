@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
-from loraforge_registry import canonical, objects, refs
+from loraforge_registry import canonical, index, objects, refs
 from loraforge_registry.digest import Digest
 from loraforge_registry.errors import ConflictError, ManifestError, NotFoundError, ReferenceSyntaxError, StoreError
 from loraforge_registry.facts import Facts, facts_of
@@ -22,6 +22,7 @@ from loraforge_registry.trees import TreeRecord
 
 _PIECE = 1024 * 1024
 _KEPT = 4 * 1024 * 1024  # bytes of records, as they are stored; in memory they are about ten times as large
+_LOOKS = [8 << number for number in range(20)]  # commits that are read before each look into the index
 _GENERATION = 3600.0  # seconds that what was uploaded waits for its commit, at least
 
 
@@ -132,9 +133,25 @@ class LocalRefs:
             self._records.put(digest, record, len(data))
         return record
 
-    def outline(self, digest: Digest) -> Outline | None:
-        """Read what a walk needs of a commit."""
-        return outline(self._read(digest))
+    def past(self, digest: Digest) -> Iterator[tuple[Digest, Outline]]:
+        """Read a short way back record by record, and from there on by what the index remembers."""
+        read, known = dict[Digest, Outline](), dict[Digest, Outline]()
+        following: Digest | None = digest
+        try:
+            while following is not None and following not in read:
+                if len(read) in _LOOKS and following not in known:
+                    known = index.read_outlines(self._files.root, following)
+                found = known.pop(following, None)
+                if found is None:
+                    found = outline(self._read(following))
+                    if found is None:
+                        return
+                    read[following] = found
+                yield following, found
+                following = found.parent
+        finally:
+            if len(read) >= _LOOKS[0]:
+                index.write_outlines(self._files.root, read)
 
     def facts(self, digest: Digest) -> Facts | TreeFacts | None:
         """Read what lists say of an artifact or a tree."""

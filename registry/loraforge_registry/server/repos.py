@@ -6,10 +6,11 @@ tree there is shown as a push of it would be (SPEC.md section 15), but for the c
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 
 from loraforge_registry import git
 from loraforge_registry.digest import Digest
@@ -30,6 +31,7 @@ from loraforge_registry.repositories import (
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.errors import bad_request, forbidden, no_repository, no_revision, unauthorised
 from loraforge_registry.server.hub import Hub
+from loraforge_registry.server.pasts import Commit, Pasts
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.tree_facts import TreeFacts
 from loraforge_registry.trees import TreeRecord
@@ -72,6 +74,13 @@ class Revision:
     digest: Digest
     commit: CommitRecord
     made: Mapping[Digest, bytes] = field(default_factory=dict)
+
+    @property
+    def outline(self) -> Outline:
+        """What a walk needs of it."""
+        commit = self.commit
+        stated = None if commit.adapter else commit.stated
+        return Outline(self.id, commit.parent, commit.adapter, commit.author.time, stated)
 
 
 def name_of(identity: str) -> str:
@@ -186,7 +195,8 @@ def revision_of(hub: Hub, digest: Digest) -> Revision:
 
 # they never change: a digest is of all that they are
 _KNOWN = Recent[Digest, Revision](100_000)  # files of commits, all together
-_OUTLINES = Recent[Digest, Outline](100_000)
+_OUTLINES = Recent[Digest, Outline](50_000)
+_PASTS = Pasts(50_000)
 _FACTS = Recent[Digest, Facts | TreeFacts](50_000)
 
 
@@ -222,28 +232,20 @@ def resolve(hub: Hub, repository: Repository, revision: str) -> Revision:
         if plain in table:
             return revision_of(hub, table[plain])
     if _COMMIT.fullmatch(revision) and len(revision) == 40:
-        whole = _find(hub, repository.record.needs, revision)
-        if whole is not None:
-            return whole
+        digest = _PASTS.find(partial(_past, hub), _heads(repository), revision)
+        if digest is not None:
+            return revision_of(hub, digest)
     elif _COMMIT.fullmatch(revision):
-        found = {r.digest: r for r in history(hub, *repository.record.needs) if r.id.startswith(revision)}
-        if len({r.id for r in found.values()}) == 1:
-            return next(iter(found.values()))
+        found = {outline.id: digest for digest, outline in history(hub, *_heads(repository))}
+        ids = [identity for identity in found if identity.startswith(revision)]
+        if len(ids) == 1:
+            return revision_of(hub, found[ids[0]])
     raise no_revision(revision[:200])
 
 
-def _find(hub: Hub, heads: Iterable[Digest], identity: str) -> Revision | None:
-    """Walk back by what each record says of itself; the one that is looked for is read whole, and checked."""
-    seen: set[Digest] = set()
-    for head in heads:
-        digest: Digest | None = head
-        while digest is not None and digest not in seen:
-            seen.add(digest)
-            found = outline_of(hub, digest)
-            if found.id == identity:
-                return revision_of(hub, digest)
-            digest = found.parent
-    return None
+def _heads(repository: Repository) -> Iterator[Digest]:
+    """What has names, branches first; not ``needs``, as most often the first will do."""
+    return chain(repository.record.branches.values(), repository.record.tags.values())
 
 
 def outline_of(hub: Hub, digest: Digest) -> Outline:
@@ -252,11 +254,16 @@ def outline_of(hub: Hub, digest: Digest) -> Outline:
     Raises:
         NotFoundError: it is not there.
     """
-    return _OUTLINES.get_or(digest, lambda: hub.refs.outline(digest) or _outline(revision_of(hub, digest)))
+    return _OUTLINES.get_or(digest, lambda: next(_past(hub, digest))[1])
 
 
-def _outline(revision: Revision) -> Outline:
-    return Outline(revision.id, None, revision.commit.adapter, revision.commit.author.time)
+def _past(hub: Hub, head: Digest) -> Iterator[Commit]:
+    commits = hub.refs.past(head)
+    first = next(commits, None)
+    if first is None:  # an artifact or a tree, before which nothing is
+        first = head, revision_of(hub, head).outline
+    yield first
+    yield from commits
 
 
 def known_of(hub: Hub, digest: Digest) -> Facts | TreeFacts | None:
@@ -276,16 +283,21 @@ def facts_of(hub: Hub, digest: Digest) -> Facts | None:
     return found if isinstance(found, Facts) else None
 
 
-def history(hub: Hub, *heads: Digest) -> Iterator[Revision]:
-    """Yield commits and all before them, each once."""
-    seen: set[Digest] = set()
-    for head in heads:
-        digest: Digest | None = head
-        while digest is not None and digest not in seen:
-            seen.add(digest)
-            revision = revision_of(hub, digest)
-            yield revision
-            digest = revision.commit.parent
+def history(hub: Hub, *heads: Digest) -> list[Commit]:
+    """Return commits and all before them, each once, newest first.
+
+    Raises:
+        NotFoundError: one is not there.
+    """
+    found, problem = _PASTS.walk(partial(_past, hub), heads)
+    if problem is not None:
+        raise problem
+    return found
+
+
+def readable_history(hub: Hub, *heads: Digest) -> list[Commit]:
+    """As ``history``, without what is damaged, which is for ``fsck`` to say."""
+    return _PASTS.walk(partial(_past, hub), heads)[0]
 
 
 def blobs_of(hub: Hub, repository: Repository) -> Mapping[Digest, int]:
@@ -295,7 +307,8 @@ def blobs_of(hub: Hub, repository: Repository) -> Mapping[Digest, int]:
 
 @lru_cache(256)
 def _blobs_below(hub: Hub, heads: tuple[Digest, ...]) -> Mapping[Digest, int]:
-    return {digest: size for revision in history(hub, *heads) for digest, size in revision.commit.blobs.items()}
+    revisions = (revision_of(hub, digest) for digest, _ in history(hub, *heads))
+    return {digest: size for revision in revisions for digest, size in revision.commit.blobs.items()}
 
 
 def _of_this_machine(hub: Hub, name: str, called: Sequence[str] | None) -> Repository | None:
