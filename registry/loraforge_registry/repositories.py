@@ -184,6 +184,14 @@ def outline(data: bytes) -> Outline | None:
     return Outline(fields["id"].hex(), parent, adapter, fields["time"], None if adapter else _stated(fields["files"]))
 
 
+def blobs_in(data: bytes) -> dict[Digest, int] | None:
+    """Return ``CommitRecord.blobs`` as ``outline`` returns an outline; None for any other record."""
+    fields = msgpack.unpackb(data)
+    if fields.get("schema") != COMMIT_SCHEMA:
+        return None
+    return {Digest("sha256", row["digest"].hex()): row["size"] for row in fields["files"]}
+
+
 def _stated(files: list[dict[str, Any]]) -> CommittedFile | None:
     """As ``CommitRecord.stated``."""
     found = {row["path"]: row for row in files if row["path"] in (CONFIG_FILE, RECORD_FILE)}

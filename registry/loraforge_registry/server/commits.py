@@ -19,6 +19,7 @@ from loraforge_registry.server.accounts import User
 from loraforge_registry.server.api import TRIES, known
 from loraforge_registry.server.call import Call, is_hex, list_field, size_field, text_field
 from loraforge_registry.server.errors import RefusedError, bad_request, no_entry, no_revision, too_large
+from loraforge_registry.server.holdings import Nameable
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.repos import Repository, Revision, revision_of
 
@@ -89,7 +90,7 @@ def _preupload(hub: Hub, now: CommitRecord, entry: object) -> dict[str, object]:
 
 def _read(hub: Hub, call: Call, user: User, repository: Repository) -> Wanted:
     """Read the lines, and store the files that lie in them as they come."""
-    wanted = Wanted()
+    wanted, nameable = Wanted(), Nameable(hub, user, repository)
     for key, value in _lines(hub, call):
         if key == "header":
             summary = text_field(value, "summary", "")
@@ -99,7 +100,7 @@ def _read(hub: Hub, call: Call, user: User, repository: Repository) -> Wanted:
         elif key == "file":
             _take(wanted, _path(value), _inline(hub, value))
         elif key == "lfsFile":
-            _take(wanted, _path(value), _uploaded(hub, user, repository, value))
+            _take(wanted, _path(value), _uploaded(nameable, value))
         elif key == "deletedFile":
             wanted.deleted.append(_path(value))
         elif key == "deletedFolder":
@@ -165,29 +166,18 @@ def _inline(hub: Hub, value: Mapping[str, object]) -> CommittedFile:
     return CommittedFile(digest, size, blob_id(data))
 
 
-def _uploaded(hub: Hub, user: User, repository: Repository, value: Mapping[str, object]) -> CommittedFile:
+def _uploaded(nameable: Nameable, value: Mapping[str, object]) -> CommittedFile:
     """The file that a line names by digest: this user sent it, or may read it somewhere."""
     oid = value.get("oid")
     if not isinstance(oid, str) or not is_hex(oid, 64) or value.get("algo", "sha256") != "sha256":
         raise bad_request("an lfsFile without the sha256 of a file")
     digest = Digest("sha256", oid)
-    size = size_of(hub, user, repository, digest)
+    size = nameable.size(digest)
     if size is None:
         raise bad_request(f"{oid} was not uploaded: send the file first, then commit")
     if value.get("size") not in (None, size):
         raise bad_request(f"{oid} has {size} bytes, the commit says otherwise")
     return CommittedFile(digest, size)
-
-
-def size_of(hub: Hub, user: User, repository: Repository, digest: Digest) -> int | None:
-    """The length of a blob that a user may name: one that it uploaded, or can read in some repository."""
-    there = hub.blobs.size(digest)
-    if there is None:
-        return None
-    mine = hub.staged.size(user.name, digest) is not None or digest in repos.blobs_of(hub, repository)
-    if mine or any(digest in repos.blobs_of(hub, other) for other in repos.everything(hub, user)):
-        return there
-    return None
 
 
 def _commit(hub: Hub, user: User, identity: str, branch: str, wanted: Wanted) -> Revision:

@@ -13,6 +13,7 @@ from loraforge_registry.repositories import CommittedFile
 from loraforge_registry.server import repos
 from loraforge_registry.server.call import Call, is_hex
 from loraforge_registry.server.errors import RefusedError, bad_request, no_entry
+from loraforge_registry.server.holdings import blobs_of
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.system import Buffer
 
@@ -52,7 +53,7 @@ def lfs_object(hub: Hub, call: Call) -> Response:
     if not is_hex(oid, 64):
         raise bad_request("not a sha256")
     digest = Digest("sha256", oid)
-    size = repos.blobs_of(hub, repository).get(digest)
+    size = blobs_of(hub, repository).get(digest)
     if size is None:
         raise RefusedError(404, f"{oid} is not in {repository.id}", "EntryNotFound")
     return send(call, CommittedFile(digest, size), {"ETag": f'"{oid}"'}, partial(hub.blobs.read, digest))

@@ -66,6 +66,13 @@ class Refs(Protocol):
             NotFoundError: it is not there.
         """
 
+    def blobs(self, digest: Digest) -> dict[Digest, int] | None:
+        """The files of a commit with their sizes, quickly; None for another record (``repositories.blobs_in``).
+
+        Raises:
+            NotFoundError: it is not there.
+        """
+
     def facts(self, digest: Digest) -> Facts | TreeFacts | None:
         """What lists say of an artifact or a tree, quickly; None for another record (``facts.facts_of``).
 

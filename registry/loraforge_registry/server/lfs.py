@@ -15,8 +15,8 @@ from loraforge_registry.errors import StoreError
 from loraforge_registry.server import quota, repos
 from loraforge_registry.server.api import known
 from loraforge_registry.server.call import Call, is_hex, list_field, size_field
-from loraforge_registry.server.commits import size_of
 from loraforge_registry.server.errors import RefusedError, bad_request, too_large
+from loraforge_registry.server.holdings import Nameable
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.system import Buffer
 
@@ -39,9 +39,10 @@ def batch(hub: Hub, call: Call) -> Response:
         quota.check(hub, repository.namespace, dict(wanted))
     offers = fields.get("transfers")
     in_parts = isinstance(offers, list) and "multipart" in offers
+    nameable = Nameable(hub, user, repository)
     for digest, size in wanted:
         said: dict[str, object] = {"oid": digest.hex, "size": size}
-        there = size_of(hub, user, repository, digest)
+        there = nameable.size(digest)
         if operation == "download":
             said |= _download(call, digest) if there == size else _missing(digest)
         elif size > hub.settings.max_file:

@@ -13,7 +13,7 @@ from loraforge_registry.facts import Facts, facts_of
 from loraforge_registry.files import Files
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.records import Record, decode_record
-from loraforge_registry.repositories import Outline, outline
+from loraforge_registry.repositories import Outline, blobs_in, outline
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.sessions import Session, open_session
 from loraforge_registry.system import Buffer
@@ -152,6 +152,10 @@ class LocalRefs:
         finally:
             if len(read) >= _LOOKS[0]:
                 index.write_outlines(self._files.root, read)
+
+    def blobs(self, digest: Digest) -> dict[Digest, int] | None:
+        """Read the files of a commit."""
+        return blobs_in(self._read(digest))
 
     def facts(self, digest: Digest) -> Facts | TreeFacts | None:
         """Read what lists say of an artifact or a tree."""

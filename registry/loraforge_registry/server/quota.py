@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from loraforge_registry.digest import Digest
 from loraforge_registry.server import repos
 from loraforge_registry.server.errors import RefusedError
+from loraforge_registry.server.holdings import blobs_of
 from loraforge_registry.server.hub import Hub
 
 
@@ -20,7 +21,7 @@ def check(hub: Hub, namespace: str, new: Mapping[Digest, int]) -> None:
     for name in hub.refs.names():
         if name.startswith(f"{namespace}--"):
             found = repos.load(hub, name)
-            held |= repos.blobs_of(hub, found) if found is not None and found.digest is not None else {}
+            held |= blobs_of(hub, found) if found is not None and found.digest is not None else {}
     total = sum(held.values())
     if total > hub.settings.quota:
         raise RefusedError(

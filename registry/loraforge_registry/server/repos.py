@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 
 from loraforge_registry import git
@@ -298,17 +298,6 @@ def history(hub: Hub, *heads: Digest) -> list[Commit]:
 def readable_history(hub: Hub, *heads: Digest) -> list[Commit]:
     """As ``history``, without what is damaged, which is for ``fsck`` to say."""
     return _PASTS.walk(partial(_past, hub), heads)[0]
-
-
-def blobs_of(hub: Hub, repository: Repository) -> Mapping[Digest, int]:
-    """All files of all commits of a repository, with their sizes."""
-    return _blobs_below(hub, repository.record.needs)
-
-
-@lru_cache(256)
-def _blobs_below(hub: Hub, heads: tuple[Digest, ...]) -> Mapping[Digest, int]:
-    revisions = (revision_of(hub, digest) for digest, _ in history(hub, *heads))
-    return {digest: size for revision in revisions for digest, size in revision.commit.blobs.items()}
 
 
 def _of_this_machine(hub: Hub, name: str, called: Sequence[str] | None) -> Repository | None:

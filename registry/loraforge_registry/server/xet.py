@@ -19,8 +19,8 @@ from loraforge_registry.errors import FormatError, StoreError
 from loraforge_registry.server import places, repos, xorbs
 from loraforge_registry.server.api import known
 from loraforge_registry.server.call import Call
-from loraforge_registry.server.commits import size_of
 from loraforge_registry.server.errors import RefusedError, bad_request, too_large
+from loraforge_registry.server.holdings import Nameable
 from loraforge_registry.server.hub import Hub
 from loraforge_registry.system import Buffer
 
@@ -33,7 +33,8 @@ def write_token(hub: Hub, call: Call) -> Response:
     user = known(call)
     repository = repos.find_to_write(hub, call.segments["id"], user)
     places.clean(hub.scratch)
-    place = places.open_place(hub.scratch, user.name, lambda digest: size_of(hub, user, repository, digest) is not None)
+    nameable = Nameable(hub, user, repository)
+    place = places.open_place(hub.scratch, user.name, lambda digest: nameable.size(digest) is not None)
     token = hub.signer.sign("cas", {"user": user.name, "place": place, "repository": repository.id}, LIFETIME)
     url, until = f"{call.endpoint}/cas/{place}", int(time.time()) + LIFETIME
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(until)}

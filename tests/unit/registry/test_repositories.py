@@ -16,6 +16,7 @@ from loraforge_registry.repositories import (
     CommittedFile,
     Outline,
     RepositoryRecord,
+    blobs_in,
     encode_commit,
     encode_repository,
     outline,
@@ -93,7 +94,9 @@ def test_an_outline_is_what_a_whole_reading_says():
     second = replace(first, parent=Digest.of(encode_commit(first)), parent_id=first.id)
     for made in (first, second):
         assert outline(encode_commit(made)) == Outline(made.id, made.parent, made.adapter, made.author.time)
-    assert outline(encode_repository(RepositoryRecord("me/x", 0))) is None
+        assert blobs_in(encode_commit(made)) == made.blobs
+    for read in (outline, blobs_in):
+        assert read(encode_repository(RepositoryRecord("me/x", 0))) is None
 
 
 def test_a_file_is_no_directory():
