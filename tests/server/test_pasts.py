@@ -78,7 +78,8 @@ def test_it_is_what_a_walk_finds(limit, forest, asked):
     histories, pasts = Histories(forest), Pasts(limit)
 
     def expected(away, heads):
-        known = set(pasts._places) if len(pasts._places) <= limit else set()  # that is here, though it be away now
+        pasts._begin()
+        known = set(pasts._places)  # that is here, though it be away now
         histories.away = away - known
         found = histories.walk(heads)
         histories.away = away
@@ -106,6 +107,21 @@ def test_a_history_is_read_once_and_goes_on():
         assert pasts.find(histories.past, [digest_of(number)], id_of(4)) in (digest_of(4), digest_of(5))
     assert histories.reads <= 1000 + 3  # and the one at which each reading knew the rest
     assert len(pasts._chains) == 1
+
+
+def test_a_history_that_is_longer_than_the_limit_is_read_once():
+    histories, pasts = Histories([None, *range(999)]), Pasts(100)
+    for number in (500, *range(500, 1000)):
+        assert pasts.find(histories.past, [digest_of(number)], id_of(4)) in (digest_of(4), digest_of(5))
+    assert histories.reads <= 501 + 2 * 500
+    assert len(pasts._places) == 1000
+
+
+def test_what_is_no_more_asked_for_goes():
+    histories, pasts = Histories([None if n % 10 == 0 else n - 1 for n in range(1000)]), Pasts(100)
+    for number in range(9, 1000, 10):
+        assert pasts.find(histories.past, [digest_of(number)], id_of(number - 4)) is not None
+        assert len(pasts._places) <= 110
 
 
 def test_what_is_mended_is_read_on():

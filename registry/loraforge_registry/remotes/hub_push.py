@@ -28,7 +28,9 @@ from loraforge_registry.ingest import MAX_README
 from loraforge_registry.manifest import CONFIG_FILE, README_FILE, RECORD_FILE, WEIGHTS_FILE, File, Manifest
 from loraforge_registry.names import DEFAULT_TAG, RefName
 from loraforge_registry.remotes.card import card, lacks_base, with_front_matter
-from loraforge_registry.remotes.hub import MAIN, HubFile, HubRemote, Snapshot, describes, refused
+from loraforge_registry.remotes.hub import HubRemote, refused
+from loraforge_registry.remotes.hub_answers import HubFile, Snapshot
+from loraforge_registry.remotes.hub_offers import MAIN, describes
 from loraforge_registry.remotes.offer import Published
 from loraforge_registry.serving import refused_by_vllm, vllm_flags
 from loraforge_registry.store import Store

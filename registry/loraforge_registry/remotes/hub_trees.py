@@ -11,7 +11,9 @@ from loraforge_registry.hub_tree_record import TreeOnHub, encode_tree_record
 from loraforge_registry.ingest import MAX_README
 from loraforge_registry.manifest import CONFIG_FILE, FILES, README_FILE, RECORD_FILE, WEIGHTS_FILE, Manifest
 from loraforge_registry.names import RefName
-from loraforge_registry.remotes.hub import MAIN, HubRemote, Snapshot
+from loraforge_registry.remotes.hub import HubRemote
+from loraforge_registry.remotes.hub_answers import Snapshot
+from loraforge_registry.remotes.hub_offers import MAIN
 from loraforge_registry.remotes.hub_push import (
     HARMLESS,
     MODELS,

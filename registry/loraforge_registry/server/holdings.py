@@ -11,8 +11,16 @@ from loraforge_registry.server.hub import Hub
 from loraforge_registry.server.recent import Recent
 from loraforge_registry.server.repos import Repository
 
-_BROUGHT = Recent[Digest, Mapping[Digest, int]](200_000)  # files that a commit has and the one before it has not
-_HELD = Recent[str, tuple[tuple[Digest, ...], Mapping[Digest, int]]](200_000)  # files, by the name of the repository
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    heads: tuple[Digest, ...]
+    commits: frozenset[Digest]
+    files: Mapping[Digest, int]
+
+
+_NOTHING = _Held((), frozenset(), {})
+_HELD = Recent[str, _Held](400_000)  # commits and files, by the name of the repository
 
 
 @dataclass(frozen=True)
@@ -39,32 +47,22 @@ class Nameable:
 def blobs_of(hub: Hub, repository: Repository) -> Mapping[Digest, int]:
     """All files of all commits of a repository, with their sizes; kept until a name of it moves.
 
-    Cost: each commit is read once.
+    Cost: the record of each new commit is read; of all of them, where some are gone.
     """
     heads = repository.record.needs
-    known = _HELD.get(repository.name)
-    if known is None or known[0] != heads:
-        known = heads, _held(hub, heads)
-        _HELD.put(repository.name, known, 1 + len(known[1]))
-    return known[1]
+    held = _HELD.get(repository.name) or _NOTHING
+    if held.heads != heads:
+        held = _held(hub, heads, held)
+        _HELD.put(repository.name, held, 1 + len(held.commits) + len(held.files))
+    return held.files
 
 
-def _held(hub: Hub, heads: tuple[Digest, ...]) -> Mapping[Digest, int]:
-    held = dict[Digest, int]()
-    last, files = None, dict[Digest, int]()
-    for digest, outline in reversed(repos.history(hub, *heads)):
-        brought = _BROUGHT.get(digest)
-        if brought is None:
-            before = files if outline.parent == last else _files(hub, outline.parent)
-            last, files = digest, _files(hub, digest)
-            brought = {file: size for file, size in files.items() if file not in before}
-            _BROUGHT.put(digest, brought, 1 + len(brought))
-        held |= brought
-    return held
-
-
-def _files(hub: Hub, digest: Digest | None) -> dict[Digest, int]:
-    if digest is None:
-        return {}
-    found = hub.refs.blobs(digest)
-    return dict(repos.revision_of(hub, digest).commit.blobs) if found is None else found
+def _held(hub: Hub, heads: tuple[Digest, ...], before: _Held) -> _Held:
+    commits = frozenset(digest for digest, _ in repos.history(hub, *heads))
+    if not before.commits <= commits:
+        before = _NOTHING
+    files = dict(before.files)
+    for digest in commits - before.commits:
+        found = hub.refs.blobs(digest)
+        files |= repos.revision_of(hub, digest).commit.blobs if found is None else found
+    return _Held(heads, commits, files)

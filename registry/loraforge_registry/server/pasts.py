@@ -18,13 +18,13 @@ _Place = tuple[int, int]  # which chain, and how far along it
 
 
 class Pasts:
-    """A cache for several threads, which is begun again when it has more than ``limit`` commits.
+    """A cache for several threads, begun again when it has more than ``limit`` commits, and twice any history in it.
 
     What is not here is read by the ``past`` of a call: a commit and those before it, newest first.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, Lock()
+        self._limit, self._longest, self._lock = limit, 0, Lock()
         self._chains: list[list[Commit]] = []
         self._stems: list[_Place | None] = []
         self._places: dict[Digest, _Place] = {}
@@ -69,7 +69,8 @@ class Pasts:
         return found, problem
 
     def _begin(self) -> None:
-        if len(self._places) > self._limit:
+        if len(self._places) > max(self._limit, 2 * self._longest):
+            self._longest = 0
             for kept in (self._chains, self._stems, self._places, self._by_id):
                 kept.clear()
 
@@ -108,6 +109,7 @@ class Pasts:
         return self._places[head]
 
     def _add(self, read: list[Commit]) -> None:
+        self._longest = max(self._longest, len(read))
         parent = read[-1][1].parent
         stem = None if parent is None else self._places.get(parent)
         if stem is not None and stem[1] == len(self._chains[stem[0]]) - 1:
