@@ -12,6 +12,8 @@ SET_UP := $(VENV)/.set-up
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test bench torture matrix hub-matrix clean
+# Half of what the tests do is to wait, for servers and disks.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(4, os.cpu_count()))')
 SEED ?= 1
 RUNS ?= 10000000
 
@@ -23,7 +25,7 @@ test: $(SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 4
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 bench: $(SET_UP)
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

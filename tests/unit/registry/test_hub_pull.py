@@ -521,8 +521,9 @@ INFOS = {
 
 
 @pytest.mark.parametrize("case", INFOS)
-def test_a_wrong_description(case, hub, files, run):
+def test_a_wrong_description(case, hub, files, run, monkeypatch):
     spoiler, said = INFOS[case]
+    monkeypatch.setattr(http, "LONGEST_PAUSE", 0.0)
     hub.add("me/french", files)
     hub.spoil("GET /api/models/me/french/revision", spoiler)
     assert said in refused(run)
