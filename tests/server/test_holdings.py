@@ -100,5 +100,6 @@ def test_each_record_is_read_once(tmp_path, monkeypatch):
         monkeypatch.setattr(hub.refs, "blobs", lambda digest: read.append(digest) or real(digest))
         for end in (10, 20):
             record = RepositoryRecord("me/r", 0, branches={"main": digests[end - 1]})
-            assert len(blobs_of(hub, Repository("once", record, Digest.of(encode_repository(record))))) == end + 1
+            # content 3 is both a file that stays and one of those that change
+            assert len(blobs_of(hub, Repository("once", record, Digest.of(encode_repository(record))))) == end
         assert sorted(map(str, read)) == sorted(map(str, digests))
