@@ -19,7 +19,8 @@ from loraforge_registry.repositories import (
     encode_repository,
 )
 from loraforge_registry.server import run
-from loraforge_registry.server.holdings import blobs_of
+from loraforge_registry.server.accounts import User
+from loraforge_registry.server.holdings import Nameable, blobs_of
 from loraforge_registry.server.hub import Settings
 from loraforge_registry.server.repos import Repository
 
@@ -88,6 +89,20 @@ def test_what_cannot_be_read_is_not_passed_over(hub):
         blobs_of(hub, Repository("gone", record, Digest.of(encode_repository(record))))
     hub.refs.put_record(encode_commit(gone))
     assert len(blobs_of(hub, Repository("gone", record, Digest.of(encode_repository(record))))) == 2
+
+
+def test_a_repository_that_is_damaged_is_in_nobodys_way(tmp_path):
+    with hub_at(tmp_path / "store") as hub:
+        digest, size = hub.blobs.put([b"file"])
+        whole = replace(child(None, {}, 2000), files={"a": CommittedFile(digest, size)})
+        broken = child(child(None, {"a": 1}, 2001), {"b": 2}, 2002)
+        for name, commit in (("me--a", broken), ("me--b", whole), ("me--d", broken)):
+            record = RepositoryRecord(name, 0, branches={"main": hub.refs.put_record(encode_commit(commit))})
+            assert hub.refs.swap(name, None, hub.refs.put_record(encode_repository(record)), who="me", what="test")
+        mine = Repository("me--c", RepositoryRecord("me/c", 0), digest)
+        nameable = Nameable(hub, User("me", frozenset()), mine)
+        assert nameable.size(digest) == size
+        assert nameable.size(hub.blobs.put([b"1"])[0]) is None
 
 
 def test_each_record_is_read_once(tmp_path, monkeypatch):

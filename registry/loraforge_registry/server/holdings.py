@@ -1,10 +1,12 @@
 """Which files repositories hold, with their histories: what a user may name without sending it, and what counts."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 from loraforge_registry.digest import Digest
+from loraforge_registry.errors import LoraforgeError
 from loraforge_registry.server import repos
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.hub import Hub
@@ -41,7 +43,11 @@ class Nameable:
 
     @cached_property
     def _elsewhere(self) -> list[Mapping[Digest, int]]:
-        return [blobs_of(self.hub, other) for other in repos.everything(self.hub, self.user)]
+        found = []
+        for other in repos.everything(self.hub, self.user):
+            with suppress(LoraforgeError, OSError):  # what is damaged is for fsck to say, and for its own users
+                found.append(blobs_of(self.hub, other))
+        return found
 
 
 def blobs_of(hub: Hub, repository: Repository) -> Mapping[Digest, int]:
