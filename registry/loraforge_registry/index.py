@@ -95,10 +95,10 @@ def read_outlines(root: Path, head: Digest) -> dict[Digest, Outline]:
         with closing(_connect(root, write=False)) as database:
             (found,) = database.execute(query, [head.raw]).fetchone()
         rows = [bytes.fromhex(text) for text in (found or "").split(",")]
-    except (sqlite3.Error, ValueError):
+        return {Digest.from_raw("sha256", row[:32]): _unpack_outline(row[40:])
+                for row in rows if _is_intact(row[:32], row[32:40], row[40:])}  # fmt: skip
+    except (sqlite3.Error, ValueError, TypeError, AttributeError):  # AttributeError: a number where bytes should be
         return {}
-    return {Digest.from_raw("sha256", row[:32]): _unpack_outline(row[40:])
-            for row in rows if _is_intact(row[:32], row[32:40], row[40:])}  # fmt: skip
 
 
 def write_outlines(root: Path, outlines: Mapping[Digest, Outline]) -> None:

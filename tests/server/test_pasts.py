@@ -206,6 +206,26 @@ def test_a_damaged_index_changes_no_answer(refs, history, tmp_path, damaged):
         assert list(refs.past(history[0][0])) == history
 
 
+def forge(store, digest, row):
+    with closing(sqlite3.connect(store / "index.sqlite")) as database, database:
+        values = row, index._check_sum(digest.raw, row), digest.raw
+        database.execute("UPDATE outline SET row = ?, check_sum = ? WHERE digest = ?", values)
+
+
+@pytest.mark.parametrize("row", [b"\x96\x01", b"\x92\x01\x01", b"\x96\x01" + b"\x01" * 5, b"\x95\x01\xc1"])
+def test_a_row_that_says_nothing_changes_no_answer(refs, history, tmp_path, row):
+    list(refs.past(history[0][0]))
+    forge(tmp_path / "store", history[50][0], row)
+    assert list(refs.past(history[0][0])) == history
+
+
+def test_an_index_that_leads_round_in_a_circle_ends(refs, history, tmp_path):
+    list(refs.past(history[0][0]))
+    digest, said = history[50]
+    forge(tmp_path / "store", digest, index._pack_outline(replace(said, parent=history[20][0])))
+    assert [found for found, _ in refs.past(history[0][0])] == [digest for digest, _ in history[:51]]
+
+
 def test_a_record_that_is_no_commit_has_no_past(refs):
     made = refs.put_record(encode_repository(RepositoryRecord("me/x", 0)))
     assert list(refs.past(made)) == []

@@ -135,10 +135,11 @@ class LocalRefs:
 
     def past(self, digest: Digest) -> Iterator[tuple[Digest, Outline]]:
         """Read a short way back record by record, and from there on by what the index remembers."""
-        read, known = dict[Digest, Outline](), dict[Digest, Outline]()
+        read, known, seen = dict[Digest, Outline](), dict[Digest, Outline](), set[Digest]()
         following: Digest | None = digest
         try:
-            while following is not None and following not in read:
+            while following is not None and following not in seen:
+                seen.add(following)
                 if len(read) in _LOOKS and following not in known:
                     known = index.read_outlines(self._files.root, following)
                 found = known.pop(following, None)
