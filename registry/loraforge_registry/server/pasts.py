@@ -99,9 +99,9 @@ class Pasts:
             read: list[Commit] = []
             try:
                 for digest, outline in past(head):
-                    if digest in self._places:
-                        break
                     read.append((digest, outline))
+                    if outline.parent in self._places:
+                        break
             except (LoraforgeError, OSError):
                 if not read:
                     raise
