@@ -18,10 +18,11 @@ from loraforge_registry.repositories import (
     encode_commit,
     encode_repository,
 )
-from loraforge_registry.server import run
+from loraforge_registry.server import holdings, run
 from loraforge_registry.server.accounts import User
 from loraforge_registry.server.holdings import Nameable, blobs_of
 from loraforge_registry.server.hub import Settings
+from loraforge_registry.server.recent import Recent
 from loraforge_registry.server.repos import Repository
 
 PATHS = st.sampled_from("abcd")
@@ -105,7 +106,10 @@ def test_a_repository_that_is_damaged_is_in_nobodys_way(tmp_path):
         assert nameable.size(hub.blobs.put([b"1"])[0]) is None
 
 
-def test_each_record_is_read_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("most", [400_000, 10])
+def test_each_record_is_read_once(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(holdings, "_MOST", most)
+    monkeypatch.setattr(holdings, "_HELD", Recent(most))
     with hub_at(tmp_path / "store") as hub:
         commit, digests = None, []
         for number in range(20):

@@ -22,7 +22,8 @@ class _Held:
 
 
 _NOTHING = _Held((), frozenset(), {})
-_HELD = Recent[str, _Held](400_000)  # commits and files, by the name of the repository
+_MOST = 400_000  # commits and files; a repository that has more is kept alone
+_HELD = Recent[str, _Held](_MOST)  # by the name of the repository
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def blobs_of(hub: Hub, repository: Repository) -> Mapping[Digest, int]:
     held = _HELD.get(repository.name) or _NOTHING
     if held.heads != heads:
         held = _held(hub, heads, held)
-        _HELD.put(repository.name, held, 1 + len(held.commits) + len(held.files))
+        _HELD.put(repository.name, held, min(1 + len(held.commits) + len(held.files), _MOST))
     return held.files
 
 
