@@ -46,7 +46,8 @@ class World:
         self.namespace = namespace
         self.repo = f"{namespace}/conform-{secrets.token_hex(4)}"
         self.adapter = Path(adapter)
-        self.folder = Path(tempfile.mkdtemp())
+        self._folder = tempfile.TemporaryDirectory()  # gone with this
+        self.folder = Path(self._folder.name)
         for path in self.adapter.iterdir():
             if path.is_file():
                 (self.folder / path.name).write_bytes(path.read_bytes())

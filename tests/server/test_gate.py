@@ -2,9 +2,21 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
+from loraforge_registry.git import Signature, blob_id
+from loraforge_registry.repositories import (
+    CommitRecord,
+    CommittedFile,
+    RepositoryRecord,
+    encode_commit,
+    encode_repository,
+)
+from loraforge_registry.server import commits, gate, repos
+from loraforge_registry.server.hub import Settings
+from loraforge_registry.server.run import open_hub
 from tests.conformance.hub_matrix import ADAPTER
 from tests.server.raw import commit, post, request, upload
 
@@ -66,3 +78,34 @@ def test_a_safetensors_file_anywhere_passes_the_header_gate(server, alice, repo)
     answer = commit(server, repo, alice, ("deep/bad.safetensors", oid, len(bad)))
     assert answer.status == 400
     assert "not a safetensors file" in answer.json["error"]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    hub, pins = open_hub(tmp_path / "store", Settings())
+    yield hub
+    pins.close()
+
+
+def test_weights_are_read_once_however_often_others_are_first(hub, monkeypatch):
+    me = hub.accounts.find(hub.accounts.add("me"))
+    first = hub.refs.put_record(encode_commit(CommitRecord({}, Signature("me", 0), "")))
+    record = hub.refs.put_record(encode_repository(RepositoryRecord("me/r", 0, branches={"main": first})))
+    assert hub.refs.swap("me--r", None, record, who="me", what="test")
+    files = {
+        "adapter_config.json": CommittedFile(*hub.blobs.put([CONFIG]), blob_id(CONFIG)),
+        "adapter_model.safetensors": CommittedFile(*hub.blobs.put([WEIGHTS])),
+    }
+    read, others, examine, change = [], iter("abcde"), gate.examine, repos.change
+
+    def late(hub, repository, record, *, user, what):
+        if name := next(others, None):  # somebody else makes a tag meanwhile
+            change(hub, repository, replace(repository.record, tags={name: first}), user=user, what="test")
+        return change(hub, repository, record, user=user, what=what)
+
+    monkeypatch.setattr(repos, "change", late)
+    monkeypatch.setattr(gate, "examine", lambda *given, **named: read.append(1) or examine(*given, **named))
+    made = commits._commit(hub, me, "me/r", "main", commits.Wanted("an adapter", files=files))
+    assert made.commit.adapter is not None
+    assert next(others, None) is None
+    assert len(read) == 1

@@ -68,6 +68,7 @@ def test_what_is_pushed_over_the_wire_keeps_its_lineage(server, run, tmp_path, m
     token = server.add_user("wire")
     monkeypatch.setenv("HF_TOKEN", token)
     sources(run, tmp_path)
+    sources(run, tmp_path, ("--store", server.store))
     for name in ("french", "law", "blend"):
         sent = run("--json", "push", f"{name}:v1", "--to", f"hf://wire/{name}").json
         there = run("--store", server.store, "--json", "show", f"wire--{name}:v1").json

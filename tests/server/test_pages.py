@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from loraforge_registry.digest import Digest
+from loraforge_registry.git import Signature
+from loraforge_registry.repositories import CommitRecord, RepositoryRecord
+from loraforge_registry.server import sections
+from loraforge_registry.server.repos import Repository, Revision
 from tests.bad_files import config, write_adapter
 from tests.hub import Server
 
@@ -195,3 +200,15 @@ def test_a_card_keeps_the_spaces_and_joiners_of_its_language(filled, run, tmp_pa
 
 def test_a_page_beyond_the_last_is_the_first(filled):
     assert "/french" in see(get(filled, "/?from=99999")[1]).links
+
+
+def test_main_is_first_and_the_highest_version():
+    branches = dict.fromkeys(("dev", "main", "a10", "a9"), Digest.of(b"commit"))
+    tags = dict.fromkeys((*(f"v1.{n}" for n in range(20)), "first", "2", "v2-rc10", "v2-rc9"), Digest.of(b"commit"))
+    repository = Repository("me--r", RepositoryRecord("me/r", 0, branches=branches, tags=tags), Digest.of(b"record"))
+    commit = CommitRecord({}, Signature("me", 0), "")
+    chips = sections.revisions(repository, Revision(commit.id, Digest.of(b"commit"), commit))
+    said = [re.sub("<[^>]*>", "", chip) for chip in chips]
+    assert said[:4] == ["branch main", "branch a9", "branch a10", "branch dev"]
+    assert said[4:8] == ["tag v2-rc10", "tag v2-rc9", "tag v1.19", "tag v1.18"]
+    assert said[16:] == ["and 12 more", f"commit {commit.id[:12]}"]

@@ -181,6 +181,7 @@ def _uploaded(nameable: Nameable, value: Mapping[str, object]) -> CommittedFile:
 
 
 def _commit(hub: Hub, user: User, identity: str, branch: str, wanted: Wanted) -> Revision:
+    tried = list[CommitRecord]()  # what weights hold is read once, however often others are first
     for _ in range(TRIES):
         repository = repos.find_to_write(hub, identity, user)
         head = repository.record.branches.get(branch)
@@ -192,7 +193,9 @@ def _commit(hub: Hub, user: User, identity: str, branch: str, wanted: Wanted) ->
         files = _apply(now, wanted)
         if files == now.commit.files:
             return now  # nothing changes: the same commit, sent again, or one that does nothing
-        new = hub.refs.put_record(encode_commit(_record(hub, user, now, files, wanted.message)))
+        made = _record(user, now, files, gate.artifact_of(hub, files, [now.commit, *tried]), wanted.message)
+        tried = [made]
+        new = hub.refs.put_record(encode_commit(made))
         record = replace(repository.record, branches={**repository.record.branches, branch: new})
         if repos.change(hub, repository, record, user=user, what=f"commit to {branch}"):
             return revision_of(hub, new)
@@ -232,14 +235,9 @@ def _apply(now: Revision, wanted: Wanted) -> dict[str, CommittedFile]:
     return files
 
 
-def _record(hub: Hub, user: User, now: Revision, files: Mapping[str, CommittedFile], message: str) -> CommitRecord:
+def _record(
+    user: User, now: Revision, files: Mapping[str, CommittedFile], adapter: Digest | None, message: str
+) -> CommitRecord:
     # never before its parent: a list of commits is in the order of their times
-    when = max(int(time.time()), now.commit.author.time)
-    return CommitRecord(
-        files=files,
-        author=Signature(user.name, when),
-        message=message,
-        parent=now.digest,
-        parent_id=now.id,
-        adapter=gate.artifact_of(hub, files, now.commit),
-    )
+    author = Signature(user.name, max(int(time.time()), now.commit.author.time))
+    return CommitRecord(files, author, message, parent=now.digest, parent_id=now.id, adapter=adapter)

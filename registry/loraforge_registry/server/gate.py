@@ -3,7 +3,7 @@
 What a commit holds, an adapter or a tree, becomes an artifact of the store, as if it had been made on this machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -66,16 +66,20 @@ def check_file(hub: Hub, path: str, file: CommittedFile) -> None:
             raise bad_request(f"{path}: {error}") from error
 
 
-def artifact_of(hub: Hub, files: Mapping[str, CommittedFile], parent: CommitRecord | None) -> Digest | None:
+def artifact_of(hub: Hub, files: Mapping[str, CommittedFile], known: Sequence[CommitRecord] = ()) -> Digest | None:
     """Return what a commit holds, stored: the adapter at its root, or the tree that its folders are; else None.
+
+    Weights are read, unless one of the ``known`` commits is the same adapter, or all the same files.
 
     Raises:
         RefusedError: 400, the config and the tensors do not agree, or it is no LoRA that is modelled.
     """
-    if CONFIG_FILE not in files or WEIGHTS_FILE not in files:
+    is_adapter = CONFIG_FILE in files and WEIGHTS_FILE in files
+    for other in known:
+        if other.files == files or (is_adapter and _root(other.files) == _root(files)):
+            return other.adapter
+    if not is_adapter:
         return _tree_of(hub, files)
-    if parent is not None and _root(files) == _root(parent.files):
-        return parent.adapter
     try:
         manifest, _ = examine(_incoming(hub, files), weights=_file(WEIGHTS_FILE, files[WEIGHTS_FILE]))
         return hub.refs.put_record(encode_manifest(_as_stated(hub, files, manifest)))

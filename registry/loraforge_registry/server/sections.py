@@ -1,5 +1,6 @@
 """The parts of the pages: from records to HTML, every text of a stranger escaped."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -10,7 +11,7 @@ from loraforge_registry.manifest import Artifact, Derivation, Manifest
 from loraforge_registry.server.around import Place
 from loraforge_registry.server.browse import for_base
 from loraforge_registry.server.kinds import kind_of
-from loraforge_registry.server.repos import Repository, Revision
+from loraforge_registry.server.repos import MAIN, Repository, Revision
 from loraforge_registry.server.web import bar, copyable, count, size, table, text
 
 MAX_ROWS = 60
@@ -84,12 +85,20 @@ def chips(said: Sequence[str]) -> str:
 
 
 def revisions(found: Repository, revision: Revision) -> list[str]:
-    """The branches and tags of a repository, as links, and the commit."""
+    """The branches and tags of a repository, as links, and the commit; ``main`` is first, and the highest version."""
     said = []
-    for kind, named in (("branch", found.record.branches), ("tag", found.record.tags)):
-        said += [_named(found, kind, name) for name in sorted(named)[:MAX_NAMES]]
-        said += [f"and {len(named) - MAX_NAMES} more"] if len(named) > MAX_NAMES else []
+    branches = sorted(found.record.branches, key=lambda name: (name != MAIN, _by_number(name)))
+    tags = sorted(found.record.tags, key=_by_number, reverse=True)
+    for kind, names in (("branch", branches), ("tag", tags)):
+        said += [_named(found, kind, name) for name in names[:MAX_NAMES]]
+        said += [f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
     return [*said, f"commit {revision.id[:12]}"]
+
+
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    """A key that puts v2 before v10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _named(found: Repository, kind: str, name: str) -> str:
