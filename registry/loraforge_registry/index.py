@@ -7,7 +7,7 @@ damaged one is no answer. The cache is written without fsync and gives way to an
 import hashlib
 import sqlite3
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +46,10 @@ def read_summaries(root: Path) -> dict[Digest, Summary]:
 
 
 def write_summaries(root: Path, summaries: Mapping[Digest, Summary]) -> None:
-    """Remember rows; a damaged cache is thrown away and begun again, a locked or read-only one is left alone."""
-    if not summaries:
-        return
-    try:
-        _insert(root, summaries.items())
-    except sqlite3.DatabaseError as error:
-        if "locked" in str(error) or "readonly" in str(error) or "unable to open" in str(error):
-            return
-        with suppress(OSError, sqlite3.Error):
-            (root / "index.sqlite").unlink(missing_ok=True)
-            _insert(root, summaries.items())
+    """Remember what ``ls`` says."""
+    packed = [(digest.raw, _pack(summary)) for digest, summary in summaries.items()]
+    rows = [(digest, _check_sum(digest, row), row) for digest, row in packed]
+    _write(root, "summary (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB)", rows)
 
 
 def read_result(root: Path, key: Digest) -> Digest | None:
@@ -68,8 +61,7 @@ def read_result(root: Path, key: Digest) -> Digest | None:
 def write_result(root: Path, key: Digest, artifact: Digest) -> None:
     """Remember what a piece of work came to; like every row, one that may be lost."""
     row = (key.raw, _check_sum(key.raw, artifact.raw), artifact.raw)
-    with suppress(sqlite3.Error, OSError):
-        _write(root, "result (key BLOB PRIMARY KEY, check_sum BLOB, artifact BLOB)", [row])
+    _write(root, "result (key BLOB PRIMARY KEY, check_sum BLOB, artifact BLOB)", [row])
 
 
 def read_spectra(root: Path, content_id: Digest) -> bytes | None:
@@ -79,9 +71,8 @@ def read_spectra(root: Path, content_id: Digest) -> bytes | None:
 
 def write_spectra(root: Path, content_id: Digest, row: bytes) -> None:
     """Keep the spectra of whatever computes this; like every row, one that may be lost."""
-    with suppress(sqlite3.Error, OSError):
-        columns = "spectra (content_id BLOB PRIMARY KEY, check_sum BLOB, row BLOB)"
-        _write(root, columns, [(content_id.raw, _check_sum(content_id.raw, row), row)])
+    columns = "spectra (content_id BLOB PRIMARY KEY, check_sum BLOB, row BLOB)"
+    _write(root, columns, [(content_id.raw, _check_sum(content_id.raw, row), row)])
 
 
 def read_outlines(root: Path, head: Digest) -> dict[Digest, Outline]:
@@ -107,8 +98,7 @@ def write_outlines(root: Path, outlines: Mapping[Digest, Outline]) -> None:
     for digest, outline in outlines.items():
         row = _pack_outline(outline)
         rows.append((digest.raw, _check_sum(digest.raw, row), row, outline.parent.raw if outline.parent else None))
-    with suppress(sqlite3.Error, OSError):
-        _write(root, "outline (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB, parent BLOB)", rows)
+    _write(root, "outline (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB, parent BLOB)", rows)
 
 
 def _read(root: Path, query: str, key: Digest) -> bytes | None:
@@ -123,13 +113,23 @@ def _read(root: Path, query: str, key: Digest) -> bytes | None:
     return found[1]
 
 
-def _insert(root: Path, rows: Iterable[tuple[Digest, Summary]]) -> None:
-    packed = [(digest.raw, row) for digest, summary in rows for row in [_pack(summary)]]
-    checked = [(digest, _check_sum(digest, row), row) for digest, row in packed]
-    _write(root, "summary (digest BLOB PRIMARY KEY, check_sum BLOB, row BLOB)", checked)
-
-
 def _write(root: Path, table: str, rows: Sequence[Sequence[bytes | None]]) -> None:
+    """Keep rows; a damaged cache is thrown away and begun again, a locked or read-only one is left alone."""
+    if not rows:
+        return
+    try:
+        _insert(root, table, rows)
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error) or "readonly" in str(error) or "unable to open" in str(error):
+            return
+        with suppress(OSError, sqlite3.Error):
+            (root / "index.sqlite").unlink(missing_ok=True)
+            _insert(root, table, rows)
+    except OSError:
+        return
+
+
+def _insert(root: Path, table: str, rows: Sequence[Sequence[bytes | None]]) -> None:
     with closing(_connect(root, write=True)) as database, database:
         database.execute("PRAGMA synchronous = OFF")
         database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
