@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -78,7 +79,7 @@ def test_pushed_by_peft_stored_pulled_and_loaded_with_equal_logits(server, pushe
     assert torch.equal(expected, torch.load(tmp_path / "mine-v1.pt"))
 
 
-def test_a_name_that_a_server_keeps_is_moved_only_there(server, pushed, run):
+def test_a_name_that_a_server_keeps_is_moved_only_there(server, pushed, run, tmp_path):
     (line, *_) = run("--store", server.store, "--json", "ls", "me--french-lora").json
     for name in ("me--french-lora", "me--french-lora:main", "me--french-lora:v9"):
         refused = run("--store", server.store, "tag", line["digest"], name)
@@ -88,4 +89,5 @@ def test_a_name_that_a_server_keeps_is_moved_only_there(server, pushed, run):
     assert shown["digest"] == line["digest"]
     assert run("--store", server.store, "gc", "--yes", "--now").code == 0
     assert json.loads(run("--store", server.store, "--json", "fsck", "--deep").out)["holds"]
-    assert run("--store", server.store, "rm", "me--french-lora").code == 0
+    shutil.copytree(server.store, tmp_path / "copy")
+    assert run("--store", tmp_path / "copy", "rm", "me--french-lora").code == 0

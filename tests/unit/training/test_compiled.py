@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from loraforge.errors import TrainingError
 from loraforge.training import train
@@ -25,12 +26,11 @@ def test_a_compiled_run_is_the_plain_one_to_rounding(options):
     assert losses[True] == pytest.approx(losses[False], rel=1e-2 if "precision" in options else 1e-5)
 
 
-def test_what_cannot_be_compiled_is_said_in_a_sentence(monkeypatch):
+def test_what_cannot_be_compiled_is_said_in_a_sentence():
     with pytest.raises(TrainingError, match="compile and dropout exclude each other"):
         replace(CONFIG, compile=True)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/compiler",))
     torch._dynamo.reset()
-    model = Net()
-    with pytest.raises(TrainingError, match=r"torch.compile cannot compile this model here .*; leave compile out"):
+    model, said = Net(), r"torch.compile cannot compile this model here .*; leave compile out"
+    with inductor.patch({"cpp.cxx": ("/no/compiler",)}), pytest.raises(TrainingError, match=said):
         train(model, batches(), replace(CONFIG, dropout=0.0, compile=True, rank=3))
     assert model._compiled_call_impl is None
