@@ -78,6 +78,30 @@ def test_what_is_pushed_over_the_wire_keeps_its_lineage(server, run, tmp_path, m
     assert run("--store", server.store, "fsck", "--deep").code == 0
 
 
+def test_an_adapter_keeps_its_readme_and_its_digest_below_the_card(server, run, tmp_path, monkeypatch):
+    token = server.add_user("writer")
+    monkeypatch.setenv("HF_TOKEN", token)
+    source = write_adapter(
+        tmp_path / "told", weights=tensors(0.5), settings=config(base_model_name_or_path="acme/base")
+    )
+    (source / "README.md").write_text("# Told\n\nWhat it is for.\n")
+    assert run("push", source, "told:v1").code == 0
+    sent = run("--json", "push", "told:v1", "--to", "hf://writer/told").json
+    assert run("--store", server.store, "--json", "show", "writer--told:v1").json["digest"] == sent["digest"]
+    assert run("--store", server.store, "pull", "writer--told:v1", "--to", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "README.md").read_text() == "# Told\n\nWhat it is for.\n"
+
+    with urllib.request.urlopen(f"{server.url}/writer/told/resolve/main/README.md") as answer:  # noqa: S310 - ours
+        card = answer.read()
+    assert card.startswith(b"---")
+    for edited in (b"<!-- edited -->\n" + card, card + b"More.\n"):
+        assert raw.commit(server, "writer/told", token, ("README.md", edited)).status == 200
+        there = run("--store", server.store, "--json", "show", "writer--told:latest").json
+        assert there["digest"] != sent["digest"]
+        assert there["content_id"] == sent["content_id"]
+    assert run("--store", server.store, "fsck", "--deep").code == 0
+
+
 def test_a_record_of_other_files_is_no_lineage(server, run, tmp_path, monkeypatch):
     from huggingface_hub import HfApi
 

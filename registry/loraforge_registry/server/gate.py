@@ -93,7 +93,23 @@ def _as_stated(hub: Hub, files: Mapping[str, CommittedFile], found: Manifest) ->
     It is not refused where it is of others: people edit what they pushed, with clients that do not know of it.
     """
     stated = _stated(hub, files)
-    return stated.manifest if stated is not None and _is_of(stated.manifest, found) else found
+    if stated is None:
+        return found
+    all_there = replace(found, files=(*found.files, *_own_readme(hub, files, stated)))
+    return stated.manifest if _is_of(stated.manifest, all_there) else found
+
+
+def _own_readme(hub: Hub, files: Mapping[str, CommittedFile], stated: Record) -> list[File]:
+    """The README that an adapter came with, stored by itself, where a push put it below its card."""
+    own = next((file for file in stated.manifest.files if file.path == README_FILE), None)
+    there = files.get(README_FILE)
+    if own is None or there is None or there.blob != stated.git.get(README_FILE) or own.size > there.size:
+        return []
+    data = _read(hub, there, there.size - min(own.size, MAX_README), there.size)
+    if Digest.of(data) != own.digest:
+        return []
+    hub.blobs.put([data])
+    return [own]
 
 
 def _stated(hub: Hub, files: Mapping[str, CommittedFile]) -> Record | None:
