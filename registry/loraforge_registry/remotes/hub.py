@@ -62,11 +62,9 @@ class HubRemote:
         """Offer the tree that the record at the root describes, where it describes one."""
         snapshot = self._pinned()
         found = None if CONFIG_FILE in snapshot.files else self.tree_record(snapshot)
-        return (
-            None
-            if found is None
-            else OfferedTree(str(self.address.at(snapshot.commit)), name_for(self.address), found.tree)
-        )
+        if found is None:
+            return None
+        return OfferedTree(str(self.address.at(snapshot.commit)), name_for(self.address), found.tree)
 
     def node(self, tree: OfferedTree, path: str) -> Offer:
         """Offer the adapter in the folder of a node."""
