@@ -175,8 +175,8 @@ def outline(data: bytes) -> Outline | None:
 
     Cost: a tenth of ``commit_of``.
     """
-    fields = msgpack.unpackb(data)
-    if fields.get("schema") != COMMIT_SCHEMA:
+    fields = _fields_of_commit(data)
+    if fields is None:
         return None
     parent, adapter = (
         None if raw is None else Digest("sha256", raw.hex()) for raw in (fields["parent"], fields["adapter"])
@@ -186,10 +186,15 @@ def outline(data: bytes) -> Outline | None:
 
 def blobs_in(data: bytes) -> dict[Digest, int] | None:
     """Return ``CommitRecord.blobs`` as ``outline`` returns an outline; None for any other record."""
-    fields = msgpack.unpackb(data)
-    if fields.get("schema") != COMMIT_SCHEMA:
+    fields = _fields_of_commit(data)
+    if fields is None:
         return None
     return {Digest("sha256", row["digest"].hex()): row["size"] for row in fields["files"]}
+
+
+def _fields_of_commit(data: bytes) -> dict[str, Any] | None:
+    fields: dict[str, Any] = msgpack.unpackb(data)
+    return fields if fields.get("schema") == COMMIT_SCHEMA else None
 
 
 def _stated(files: list[dict[str, Any]]) -> CommittedFile | None:

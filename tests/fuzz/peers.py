@@ -9,7 +9,7 @@ import safetensors
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
-def library_tensors(data: bytes) -> Tensors | None:
+def tensors_by_safetensors(data: bytes) -> Tensors | None:
     """What the safetensors library reads, or None where it refuses."""
     try:
         found = safetensors.deserialize(data)

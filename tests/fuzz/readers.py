@@ -70,7 +70,7 @@ STRICTER: dict[str, str] = {
 
 
 def header(data: bytes) -> str:
-    theirs = peers.library_tensors(data)
+    theirs = peers.tensors_by_safetensors(data)
     try:
         length = header_length(data[:32], len(data))
         found = parse_header(data[8 : 8 + length], len(data))
